@@ -1,0 +1,1 @@
+"""Templates of model cards; the wheel ships them as zoo.hub_cards."""

@@ -1,0 +1,33 @@
+"""A model card out of a configuration and a result record; every figure in it comes from the record."""
+
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import jinja2
+
+METRICS = {
+    "image_auroc": "image ROC",
+    "image_f1_max": "image F1",
+    "image_ap": "image PR",
+    "pixel_auroc": "pixel ROC",
+    "pixel_f1_max": "pixel F1",
+    "pixel_ap": "pixel PR",
+    "pixel_aupro": "PRO",
+}
+
+
+def render_card(config: dict[str, Any], record: dict[str, Any] | None) -> str:
+    """The card's Markdown text.
+
+    Args:
+        config: as in `config.json`.
+        record: as in `results.json`; without one the card says that nothing was measured.
+    """
+    return _template().render(config=config, record=record or {}, metric_names=METRICS)
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string((files("zoo.hub_cards") / "card.md.j2").read_text(encoding="utf-8"))

@@ -1,0 +1,192 @@
+"""A saved model is a folder: weights as safetensors, configuration as JSON, card, record, and what is private."""
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zoo.errors import ZooError
+
+if TYPE_CHECKING:  # torch is imported on use: the registry is listed without it
+    from torch import nn
+
+FORMAT_VERSION = 1
+WEIGHTS, CONFIG, CARD, RECORD = "model.safetensors", "config.json", "README.md", "results.json"
+KEYS = {
+    "format_version": int,
+    "zoo_version": str,
+    "method": str,
+    "preset": str | None,
+    "arguments": dict,
+    "preprocessing": dict,
+    "precision": str,
+    "calibration": dict | None,
+    "learned": dict,
+    "backbone": dict | None,
+    "weights_sha256": str,
+}
+
+
+def save(folder: str | Path, module: "nn.Module", config: dict[str, Any], extra: dict[str, str]) -> Path:
+    """Write a model folder beside its place and rename it there, so that no half-written model is ever seen.
+
+    Args:
+        folder: its place; a model that is already there is replaced.
+        config: the `KEYS` that are known outside this file; the rest is filled in here.
+        extra: further text files by relative path (card, record, `private/...`).
+
+    Raises:
+        ZooError: something else than a model lies there, or the disk refuses.
+    """
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ZooError(f"{folder} exists and is no model of the zoo; choose another name or move it away.")
+    state = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
+    with replacing(folder) as temporary:
+        save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        config = config | {
+            "format_version": FORMAT_VERSION,
+            "learned": {name: list(state[name].shape) for name in learned_buffers(module)},
+            "weights_sha256": _sha256(temporary / WEIGHTS),
+        }
+        for name, text in ({CONFIG: dump(config)} | extra).items():
+            (temporary / name).parent.mkdir(exist_ok=True)
+            (temporary / name).write_text(text, encoding="utf-8")
+        (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode)  # safetensors writes for its owner alone
+    return folder
+
+
+def load(folder: str | Path, build: Callable[[dict[str, Any]], "nn.Module"]) -> "tuple[nn.Module, dict]":
+    """Read a model folder: everything is checked before anything is allocated, then loaded strictly.
+
+    Args:
+        folder: as written by `save`.
+        build: makes the untrained module of a configuration.
+
+    Raises:
+        ZooError: a file that is missing, damaged, foreign or newer, named.
+    """
+    import torch
+    from safetensors import SafetensorError, safe_open
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    config = read_config(folder)
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ZooError(f"{folder} has no {WEIGHTS}; only safetensors weights are loaded.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ZooError(
+            f"{path} is truncated or no safetensors file ({error}); fetch or save the model anew."
+        ) from error
+    with torch.device("meta"):
+        expected = {name: list(tensor.shape) for name, tensor in build(config).state_dict().items()}
+    for name, shape in config["learned"].items():  # a size that is learned is 0 in an untrained module
+        if len(shape) == len(expected.get(name, ())):
+            expected[name] = [size or learned for size, learned in zip(expected[name], shape, strict=True)]
+    wrong = [name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name)]
+    if wrong:
+        name = min(wrong)
+        raise ZooError(
+            f"{path} doesn't fit {CONFIG}: {name} has shape {stored.get(name)} where {expected.get(name)} is expected."
+        )
+    if _sha256(path) != config["weights_sha256"]:
+        raise ZooError(f"{path} is damaged or not the file that {CONFIG} names (SHA-256 differs); fetch it anew.")
+    module = build(config)
+    module.load_state_dict(load_file(path))
+    return module.eval(), config
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The checked `config.json` of a model folder.
+
+    Raises:
+        ZooError: missing, unreadable, of a newer format, or with keys or types that this version doesn't know.
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise ZooError(f"{folder} is no model of the zoo: it has no {CONFIG}.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        version = config["format_version"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ZooError(f"{path} is damaged or no configuration of the zoo; fetch or save the model anew.") from error
+    if not isinstance(version, int) or version > FORMAT_VERSION:
+        raise ZooError(f"{path} has format version {version}, newer than {FORMAT_VERSION}; pip install --upgrade zoo.")
+    wrong = [key for key in config.keys() | KEYS if not isinstance(config.get(key), KEYS.get(key, ()))]
+    if wrong:
+        raise ZooError(f"{path} is not understood: {min(wrong)!r} is missing, unknown or of the wrong kind.")
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a model folder, {} where there is none."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise ZooError(f"{path} is damaged; fetch or save the model anew.") from error
+
+
+def learned_buffers(module: "nn.Module") -> list[str]:
+    """Names of the module's own buffers: their shapes may depend on what was learned."""
+    return [name for name, _ in module.named_buffers(recurse=False) if name in module.state_dict()]
+
+
+def dump(value: Any) -> str:
+    """JSON as it is written everywhere: sorted, indented, no NaN."""
+    return json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n"
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block succeeds, and vanishes when it fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        old = temporary.with_name(f"{temporary.name}.old")
+        if folder.exists():
+            folder.rename(old)
+        temporary.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise ZooError(f"{folder} could not be written ({error}); nothing was changed.") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise ZooError(f"{path} could not be written ({error}); nothing was changed.") from error
+
+
+def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A CSV file's text."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,299 @@
+"""The command line: quickstart, list, fit, evaluate, predict. Arguments are checked before torch is imported."""
+
+import difflib
+import logging
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from zoo import checkpoint, hub
+from zoo.cards import METRICS
+from zoo.data import FORMS, check_data
+from zoo.errors import ZooError
+from zoo.methods import METHODS, list_methods, method_id, presets, signature, summary
+
+USAGE = """usage: zoo COMMAND [--help]
+
+  zoo quickstart                       whole tour on built-in data, offline, about a minute
+  zoo list [PATTERN]                   methods and models, with their numbers
+  zoo fit METHOD --data DATA --name NAME
+  zoo evaluate NAME --data DATA
+  zoo predict NAME PATH... --out DIR   heatmaps, masks, CSV and JSON
+"""
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; a user's mistake is one sentence on stderr and exit code 2."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(message)s")
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    try:
+        command = COMMANDS.get(argv[0])
+        if command is None:
+            near = difflib.get_close_matches(argv[0], COMMANDS, n=1) or ["--help"]
+            raise ZooError(f"There is no command {argv[0]!r}; did you mean zoo {near[0]}?")
+        command([_dashes(token) for token in argv[1:]])
+        return 0
+    except ZooError as error:
+        print(f"zoo: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("zoo: stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def quickstart(argv: list[str]) -> None:
+    parser = _parser("quickstart", "Fit, evaluate and show PatchCore on built-in synthetic SEM images, offline.")
+    parser.add_argument("--out", type=str, default="zoo-quickstart", help="folder for the picture and sample images")
+    _run_options(parser)
+    options = _parse(parser, argv)
+    out = Path(options.out)
+    if out.exists() and not out.is_dir():
+        raise ZooError(f"--out {out} is a file; name a folder.")
+    from zoo.tour import quickstart as run
+
+    run(out, _run(options))
+
+
+def list_(argv: list[str]) -> None:
+    parser = _parser("list", "Methods, and the models of the local registry with their numbers.", config=False)
+    parser.add_argument("pattern", nargs="?", default="*", help="shell pattern of model names, such as 'miic-*'")
+    pattern = _parse(parser, argv).pattern
+    from rich.table import Table
+
+    from zoo.tables import console
+
+    screen = console()
+    if pattern == "*":
+        methods = Table("method", "what", title="methods", title_justify="left", box=None)
+        for method in list_methods():
+            methods.add_row(method.replace("_", "-"), summary(method))
+        screen.print(methods)
+    models = Table("model", "method", "test data", *METRICS.values(), title="models", title_justify="left", box=None)
+    for name in hub.list_models(pattern):
+        folder = hub.model_place(name)
+        try:
+            config, record = checkpoint.read_config(folder), checkpoint.read_json(folder / checkpoint.RECORD)
+        except ZooError as error:
+            models.add_row(name, f"[red]{error}[/red]")
+            continue
+        figures = [f"{record['metrics'][k]:.4f}" if k in record.get("metrics", {}) else "-" for k in METRICS]
+        models.add_row(name, config["method"], record.get("test_data", {}).get("name", "-"), *figures)
+    if models.row_count:
+        screen.print(models)
+    else:
+        print(f"No model matches {pattern!r} in {hub.registry()}; train one: zoo fit METHOD --data DATA.")
+
+
+def fit(argv: list[str]) -> None:
+    method, preset = _before_parsing(argv)
+    parser = _parser("fit", f"Learn from normal images. METHOD is one of: {', '.join(list_methods())}.")
+    parser.add_argument("method", nargs="?", default=method, help="id of the method")
+    parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
+    parser.add_argument("--name", type=str | None, default=None, help="name of the model in the local registry")
+    parser.add_argument("--preset", type=str | None, default=preset, help="original, paper224 or lite")
+    sections = presets(method, preset or "paper224") if method else {}
+    of_data = sections.get("data", {})
+    _data_options(parser, of_data)
+    parser.add_argument("--train-fraction", type=float, default=of_data.get("train_fraction", 1.0), help="share of it")
+    parser.add_argument("--resize", type=int | None, default=of_data.get("resize"), help="resize images first")
+    parser.add_argument("--crop", type=int | None, default=of_data.get("crop"), help="then cut out the centre")
+    _run_options(parser)
+    own = signature(method) if method else {}
+    for name, option in own.items():
+        default = sections.get("model", {}).get(name, option.default)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=option.type, default=default, help=option.help)
+    options = _parse(parser, argv)
+    if not options.method:
+        raise ZooError(f"zoo fit needs a method: {', '.join(list_methods())}.")
+    for needed in ("data", "name"):
+        if not options[needed]:
+            raise ZooError(f"zoo fit needs --{needed}: zoo fit {method} --data DATA --name NAME.")
+    hub.model_place(options.name)
+    check_data(options.data)
+
+    from zoo.fit import fit as run
+
+    arguments = {name: options[name] for name in own}
+    data_options = {k: options[k] for k in ("train_fraction", "resize", "crop")} | _data_values(options)
+    _, record = run(method, options.data, options.name, options.preset, arguments, data_options, _run(options))
+    print(
+        f"Saved {options.name} in {hub.model_place(options.name)} "
+        f"(fit {record['seconds']['fit']:.1f} s, peak memory {record['peak_memory_mb']:.0f} MB).\n"
+        f"Next: zoo evaluate {options.name} --data {options.data}"
+    )
+
+
+def evaluate(argv: list[str]) -> None:
+    parser = _parser("evaluate", "Score the test split at the images' own size and keep the record with the model.")
+    parser.add_argument("name", help="name or folder of a model")
+    parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
+    _data_options(parser, {})
+    _run_options(parser, precision=None)
+    options = _parse(parser, argv)
+    folder = hub.find_model(options.name)
+    checkpoint.read_config(folder)
+    if not options.data:
+        raise ZooError(f"zoo evaluate needs --data: zoo evaluate {options.name} --data DATA.")
+    check_data(options.data)
+
+    from zoo import fit as runs
+    from zoo.tables import console, metric_table
+
+    model = hub.from_pretrained(folder)
+    before = checkpoint.read_json(folder / checkpoint.RECORD)
+    record = runs.evaluate(model, options.data, before, _data_values(options), _run(options, model.precision))
+    runs.store_evaluation(folder, model, record)
+    console().print(metric_table(record))
+
+
+def predict(argv: list[str]) -> None:
+    parser = _parser("predict", "Score images: heatmap overlays, masks, predictions.csv and predictions.json.")
+    parser.add_argument("name", help="name or folder of a model")
+    parser.add_argument("paths", nargs="+", help="images, or folders of images")
+    parser.add_argument("--out", type=str | None, default=None, help="folder for the results")
+    parser.add_argument("--batch-size", type=int, default=8, help="images of equal size scored at once")
+    parser.add_argument("--skip-broken", action="store_true", help="go on after images that can't be read")
+    _run_options(parser, precision=None)
+    options = _parse(parser, argv)
+    folder = hub.find_model(options.name)
+    checkpoint.read_config(folder)
+    if not options.out:
+        raise ZooError(f"zoo predict needs --out: zoo predict {options.name} PATH --out DIR.")
+
+    from zoo.inference import find_images, predict_files
+
+    images = find_images(options.paths)
+    model = hub.from_pretrained(folder)
+    rows = predict_files(
+        model, images, Path(options.out), options.batch_size, options.skip_broken, _run(options, model.precision)
+    )
+    found = sum(row["verdict"].startswith("anomalous") for row in rows)
+    print(f"Scored {len(rows)} images, {found} called anomalous; results are in {options.out}.")
+    if model.calibration and not model.calibration.calibrated:
+        print("The verdicts are uncalibrated: the threshold comes from a few held-out normals, no rate is stated.")
+
+
+COMMANDS = {"quickstart": quickstart, "list": list_, "fit": fit, "evaluate": evaluate, "predict": predict}
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+
+def _parser(command: str, about: str, config: bool = True) -> Any:
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=f"zoo {command}", description=about, exit_on_error=False, allow_abbrev=False)
+    if config:
+        parser.add_argument("--config", action="config", help="YAML file of options")
+    return parser
+
+
+def _data_options(parser: Any, preset: dict[str, Any]) -> None:
+    batch = preset.get("batch_size", 32)
+    parser.add_argument("--batch-size", type=int, default=batch, help="images a batch")
+    parser.add_argument(
+        "--num-workers", type=int | None, default=None, help="decoding processes; null: as the GPU needs"
+    )
+    parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read and list them")
+
+
+def _data_values(options: Any) -> dict[str, Any]:
+    return {key: options[key] for key in ("batch_size", "num_workers", "skip_broken")}
+
+
+def _run_options(parser: Any, precision: str | None = "32-true") -> None:
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--precision", type=Precision | None, default=precision, help="null: as the model was fitted")
+
+
+def _run(options: Any, precision: str = "32-true") -> Any:
+    from zoo.fit import RunOptions
+
+    say = lambda line: print(line, flush=True)  # noqa: E731
+    return RunOptions(options.device, options.precision or precision, sys.stderr.isatty(), say)
+
+
+def _parse(parser: Any, argv: list[str]) -> Any:
+    from argparse import ArgumentError
+
+    try:
+        options = parser.parse_args(argv)
+    except (ArgumentError, TypeError) as error:
+        raise ZooError(_one_sentence(str(error), parser)) from error
+    device = options.get("device", "auto")
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
+        raise ZooError(f"--device is auto, cpu, cuda, cuda:N or mps, not {device}.")
+    return options
+
+
+def _one_sentence(message: str, parser: Any) -> str:
+    """jsonargparse's message without line breaks, with the nearest option for an unknown one."""
+    unknown = re.search(r"Unrecognized arguments: (\S+)", message)
+    if unknown:
+        options = [o for action in parser._actions for o in action.option_strings if o.startswith("--")]
+        near = difflib.get_close_matches(unknown[1].split("=")[0], options, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help."
+        return f"{parser.prog} has no option {unknown[1]}; {hint}"
+    message = re.sub(r'Parser key "(\w+)":', lambda match: f"--{match[1].replace('_', '-')}:", message)
+    message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
+    return f"{message.rstrip('.')}; see {parser.prog} --help."
+
+
+def _before_parsing(argv: list[str]) -> tuple[str | None, str | None]:
+    """Method and preset, which decide on the options: from the arguments, else from the --config file."""
+    found: dict[str, Any] = {}
+    config = _value_of("--config", argv)
+    if config is not None and Path(config).is_file():
+        import yaml
+
+        try:
+            found = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ZooError(f"--config {config} is not readable as YAML.") from error
+        if not isinstance(found, dict):
+            raise ZooError(f"--config {config} holds no options.")
+    named = argv[0] if argv and not argv[0].startswith("-") else next((t for t in argv if _is_method(t)), None)
+    method = named or found.get("method")
+    preset = _value_of("--preset", argv) or found.get("preset")
+    method = method_id(method) if method else None
+    if method and preset:
+        presets(method, preset)
+    return method, preset
+
+
+def _is_method(token: str) -> bool:
+    return token.lower().replace("-", "_") in METHODS
+
+
+def _value_of(option: str, argv: list[str]) -> str | None:
+    for token, following in zip(argv, [*argv[1:], None], strict=True):
+        if token == option:
+            return following
+        if token.startswith(f"{option}="):
+            return token.split("=", 1)[1]
+    return None
+
+
+def _dashes(token: str) -> str:
+    """--bank_size -> --bank-size; values stay as they are."""
+    if not token.startswith("--") or token.startswith("--print"):
+        return token.replace("--print-config", "--print_config", 1) if token.startswith("--print") else token
+    name, equals, value = token.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""A LightningDataModule over any `datasets` object of the zoo, with a sampler that resumes and never repeats."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+import torch.distributed as dist
+from datasets import Dataset, DatasetDict
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from zoo.errors import ZooError
+from zoo.image import read_image, read_mask, resize, resize_mask, to_tensor
+from zoo.module import Batch
+
+HOLDOUT_SHARE, HOLDOUT_LEAST = 0.1, 20
+
+
+class AnomalyDataModule(L.LightningDataModule):
+    """Batches of a data set: normals to fit on, normals held out for thresholds, and the test split.
+
+    Args:
+        data: splits `train` and `test` with columns image, mask, label, path.
+        input_size: (height, width) to which training images of unequal sizes are brought, so that they can be stacked.
+        batch_size: images a batch.
+        num_workers: processes that decode; None takes them only where there is a GPU to feed.
+        train_fraction: share of the training normals that is used, drawn by `seed`.
+        resize: side to which every image and mask is resized first; None keeps their own size.
+        crop: side of the central square that is then cut out; None cuts nothing.
+        skip_broken: leave out images that can't be read (`broken` lists them) instead of stopping.
+        seed: of the order of training images, the fraction and the held-out normals.
+
+    Attributes:
+        num_train_images: images that the fit sees.
+        broken: (name, reason) of each image that was left out.
+    """
+
+    def __init__(
+        self,
+        data: DatasetDict,
+        *,
+        input_size: tuple[int, int] = (224, 224),
+        batch_size: int = 32,
+        num_workers: int | None = None,
+        train_fraction: float = 1.0,
+        resize: int | None = None,
+        crop: int | None = None,
+        skip_broken: bool = False,
+        seed: int = 0,
+    ):
+        super().__init__()
+        if not 0 < train_fraction <= 1:
+            raise ZooError(f"--train-fraction lies in (0, 1], not {train_fraction}.")
+        if batch_size < 1:
+            raise ZooError(f"--batch-size is at least 1, not {batch_size}.")
+        self.input_size, self.batch_size, self.seed = input_size, batch_size, seed
+        self.num_workers = (4 if torch.cuda.is_available() else 0) if num_workers is None else num_workers
+        self.resize, self.crop = resize, crop
+        self.broken: list[tuple[str, str]] = []
+        train, self.test_set = data["train"], data["test"]
+        train = train.select(np.flatnonzero(np.array(train.with_format(None)["label"]) == 0))
+        if skip_broken:
+            train, self.test_set = self._readable(train), self._readable(self.test_set)
+        generator = np.random.default_rng(seed)
+        order = generator.permutation(len(train))
+        order = order[: max(1, round(train_fraction * len(train)))]
+        # At least 20 or a tenth is held out, but never more than a half: a fit of few images still sees most of them.
+        held = min(max(HOLDOUT_LEAST, round(HOLDOUT_SHARE * len(order))), len(order) // 2)
+        self.holdout_set = train.select(np.sort(order[:held]))
+        self.train_set = train.select(np.sort(order[held:]))
+        self.num_train_images = len(self.train_set)
+
+    def train_dataloader(self) -> DataLoader:
+        """Training normals, shuffled by (seed, epoch); images of unequal sizes are resized to `input_size`."""
+        if not self.num_train_images:
+            raise ZooError("There is no normal image to fit on; put some into train/good or good.")
+        return self._loader(self.train_set, EpochSampler(self.num_train_images, self.seed), self._collate_train)
+
+    def holdout_dataloader(self) -> DataLoader:
+        """Normals that the fit doesn't see, at their own size."""
+        return self._loader(self.holdout_set, EpochSampler(len(self.holdout_set)), group_by_shape)
+
+    def test_dataloader(self) -> DataLoader:
+        """The test split in order, at its own size."""
+        if not len(self.test_set):
+            raise ZooError("The data has no test images; add test/good and test/<kind>, or bad beside good.")
+        return self._loader(self.test_set, EpochSampler(len(self.test_set)), group_by_shape)
+
+    predict_dataloader = test_dataloader
+
+    def _loader(self, dataset: Dataset, sampler: Sampler, collate: Any) -> DataLoader:
+        return DataLoader(
+            _Images(dataset, self.resize, self.crop),
+            self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            collate_fn=collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _collate_train(self, items: list[Batch]) -> Batch:
+        if len({item.image.shape for item in items}) > 1:
+            items = [_grey_to_colour(item._replace(image=resize(item.image, self.input_size))) for item in items]
+            items = [i._replace(mask=None if i.mask is None else resize_mask(i.mask, self.input_size)) for i in items]
+        return _stack(items)
+
+    def _readable(self, dataset: Dataset) -> Dataset:
+        images, good = _Images(dataset, None, None), []
+        for i in range(len(dataset)):
+            try:
+                images[i]
+                good.append(i)
+            except ZooError as error:
+                self.broken.append((dataset[i]["path"], str(error)))
+        return dataset.select(good)
+
+
+class EpochSampler(Sampler[int]):
+    """Indices of this rank: every image exactly once over all ranks, in an order that (seed, epoch) determines.
+
+    Args:
+        size: number of images.
+        seed: shuffles; None keeps the order.
+    """
+
+    def __init__(self, size: int, seed: int | None = None):
+        self.size, self.seed = size, seed
+        self.epoch = self.start = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.arange(self.size)
+        if self.seed is not None:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
+        rank, world = _rank_and_world()
+        yield from order[rank::world][self.start :].tolist()
+        self.start = 0
+
+    def __len__(self) -> int:
+        rank, world = _rank_and_world()
+        return len(range(rank, self.size, world)) - self.start
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self.epoch, "start": self.start}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.epoch, self.start = state["epoch"], state["start"]
+
+
+class _Images(torch.utils.data.Dataset):
+    """Rows of a `datasets` object -> batches of one."""
+
+    def __init__(self, dataset: Dataset, resize: int | None, crop: int | None):
+        self.dataset, self.resize, self.crop = dataset, resize, crop
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Batch:
+        row = self.dataset[index]
+        image = to_tensor(read_image(row["image"]))[None]  # (1, C, H, W)
+        mask = None if row["mask"] is None else torch.from_numpy(read_mask(row["mask"]))[None, None]  # (1, 1, H, W)
+        if mask is not None and mask.shape[-2:] != image.shape[-2:]:
+            sizes = f"{tuple(mask.shape[-2:])} against {tuple(image.shape[-2:])}"
+            raise ZooError(f"The mask of {row['path']} has another size than its image ({sizes}); redraw it.")
+        if self.resize is not None:
+            size = (self.resize, self.resize)
+            image, mask = resize(image, size), None if mask is None else resize_mask(mask, size)
+        if self.crop is not None:
+            image, mask = _center_crop(image, self.crop), None if mask is None else _center_crop(mask, self.crop)
+        return Batch(image, [row["path"]], torch.tensor([row["label"]]), mask)
+
+
+def group_by_shape(items: list[Batch]) -> list[Batch]:
+    """One batch for each image size among the items, in order of appearance."""
+    groups: dict[torch.Size, list[Batch]] = {}
+    for item in items:
+        groups.setdefault(item.image.shape, []).append(item)
+    return [_stack(group) for group in groups.values()]
+
+
+def _stack(items: list[Batch]) -> Batch:
+    """Items of one shape -> one batch; a normal image without mask has an empty one if any other has one."""
+    masks = [item.mask for item in items]
+    if any(mask is not None for mask in masks) and _masks_complete(items):
+        empty = torch.zeros_like(next(mask for mask in masks if mask is not None))
+        mask = torch.cat([empty if mask is None else mask for mask in masks])
+    else:
+        mask = None
+    names = [name for item in items for name in item.name]
+    return Batch(torch.cat([i.image for i in items]), names, torch.cat([i.label for i in items]), mask)
+
+
+def _masks_complete(items: list[Batch]) -> bool:
+    return all(item.mask is not None or not item.label.any() for item in items)
+
+
+def _grey_to_colour(item: Batch) -> Batch:
+    return item._replace(image=item.image.expand(-1, 3, -1, -1))
+
+
+def _center_crop(images: Tensor, size: int) -> Tensor:
+    """The central square of (1, C, H, W)."""
+    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
+    return images[..., top : top + size, left : left + size]
+
+
+def _rank_and_world() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

@@ -1,0 +1,272 @@
+"""Fit a model on normal images and evaluate it: the two runs that write records."""
+
+import contextlib
+import logging
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from zoo import checkpoint, hub, record
+from zoo.calibration import default_calibration
+from zoo.cards import render_card
+from zoo.data import DataSpec, check_data, load_data
+from zoo.data.datamodule import AnomalyDataModule
+from zoo.errors import ZooError
+from zoo.methods import create_model, method_id, presets, signature
+from zoo.metrics import ranking
+from zoo.module import AnomalyModule
+from zoo.nn.features import weights_at_hand
+
+PIXEL_QUANTILE = 0.999
+
+
+@dataclass
+class DataOptions:
+    """Options of the data module that a preset, the command line or a caller may set."""
+
+    batch_size: int = 32
+    num_workers: int | None = None
+    train_fraction: float = 1.0
+    resize: int | None = None
+    crop: int | None = None
+    skip_broken: bool = False
+
+
+@dataclass
+class RunOptions:
+    """Where and how a run computes, and whether it shows a progress bar."""
+
+    device: str = "auto"
+    precision: str = "32-true"
+    progress: bool = False
+    say: Callable[[str], None] = field(default=lambda line: None)
+
+
+def choose_preset(method: str, preset: str | None, arguments: dict[str, Any]) -> str:
+    """The preset to take: as named, else `paper224` if its weights can be had.
+
+    Raises:
+        ZooError: none was named and the weights can't be had; it never falls back silently.
+    """
+    if preset is not None:
+        return preset
+    model = {name: option.default for name, option in signature(method).items()}
+    model |= presets(method, "paper224").get("model", {}) | arguments
+    if "backbone" in model and not weights_at_hand(model["backbone"], model["backbone_weights"]):
+        raise ZooError(
+            f"The ImageNet weights of {model['backbone']} can't be had here; use the built-in small backbone: "
+            f"zoo fit {method} --preset lite ..., or give --backbone-weights FILE.safetensors."
+        )
+    return "paper224"
+
+
+def fit(
+    method: str,
+    data: str,
+    name: str | None = None,
+    preset: str | None = None,
+    arguments: dict[str, Any] | None = None,
+    data_options: dict[str, Any] | None = None,
+    run: RunOptions | None = None,
+) -> tuple[AnomalyModule, dict[str, Any]]:
+    """Fit a method on the normal training images of a data set.
+
+    Args:
+        method: its id.
+        data: DATA specification (see `zoo.data`).
+        name: keep the model under this name in the local registry.
+        preset: section values to start from; None takes `paper224` where its weights can be had.
+        arguments: of the method's signature, over the preset's.
+        data_options: fields of `DataOptions`, over the preset's.
+
+    Returns:
+        The fitted model, in eval mode, with default thresholds from held-out normals, and its record.
+
+    Raises:
+        ZooError: any mistake in the arguments or the images, in one sentence.
+    """
+    run, arguments = run or RunOptions(), arguments or {}
+    method = method_id(method)
+    place = hub.model_place(name) if name is not None else None
+    preset = choose_preset(method, preset, arguments)
+    spec = check_data(data)
+    if not spec.counts["train"][0]:
+        raise ZooError(f"--data {data} has no normal images to fit on; put some into train/good or good.")
+    model = create_model(method, preset, **arguments)
+    model.precision = run.precision
+    options = DataOptions(**(presets(method, preset).get("data", {}) | (data_options or {})))
+    module = AnomalyDataModule(load_data(spec), input_size=model.size, seed=model.hparams.seed, **asdict(options))
+    _announce(model, module, run)
+    start = time.perf_counter()
+    with _quiet():
+        trainer = _trainer(run, max_epochs=1)
+        trainer.fit(model, datamodule=module)
+    model.eval()
+    seconds = {"fit": round(time.perf_counter() - start, 2)}
+    heldout = calibrate_on_heldout(model, module, trainer.strategy.root_device)
+    result = {
+        "method": method,
+        "configuration": {"preset": preset, "model": dict(model.hparams), "data": asdict(options)},
+        "seed": model.hparams.seed,
+        "precision": run.precision,
+        "train_data": _described(spec)
+        | {"images": module.num_train_images, "held_out": len(heldout), "broken": len(module.broken)},
+        "seconds": seconds,
+        "peak_memory_mb": record.peak_memory_mb(),
+        **record.environment(trainer.strategy.root_device),
+    }
+    result["configuration"]["model"].pop("backbone_weights", None)  # a path of this machine
+    private = {"heldout.csv": checkpoint.csv_text(["image", "score"], heldout)}
+    if module.broken:
+        private["broken.csv"] = checkpoint.csv_text(["image", "reason"], module.broken)
+        run.say(f"Left out {len(module.broken)} broken images: {', '.join(name for name, _ in module.broken[:5])}")
+    if place is not None:
+        model.save_pretrained(place, result, private)
+    return model, result
+
+
+def evaluate(
+    model: AnomalyModule,
+    data: str,
+    result: dict[str, Any] | None = None,
+    data_options: dict[str, Any] | None = None,
+    run: RunOptions | None = None,
+) -> dict[str, Any]:
+    """Score the test split at the images' own size.
+
+    Args:
+        model: fitted.
+        data: DATA specification.
+        result: the fit's record, which the figures are added to.
+        data_options: fields of `DataOptions`.
+
+    Returns:
+        The record with `metrics`, `test_data`, `eval_size`; per-image scores are in `model.scored`.
+
+    Raises:
+        ZooError: no test images, or only one class among them.
+    """
+    run = run or RunOptions(precision=model.precision)
+    spec, result = check_data(data), dict(result or {})
+    if not sum(spec.counts["test"]):
+        raise ZooError(f"--data {data} has no test images; add test/good and test/<kind>, or bad beside good.")
+    if not all(spec.counts["test"]):
+        missing = "normal" if not spec.counts["test"][0] else "anomalous"
+        raise ZooError(f"--data {data} has no {missing} test images; metrics need both classes.")
+    of_preset = presets(model.method, model.preset).get("data", {}) if model.preset else {}
+    options = DataOptions(**({k: v for k, v in of_preset.items() if k in ("resize", "crop")} | (data_options or {})))
+    module = AnomalyDataModule(load_data(spec), input_size=model.size, **asdict(options))
+    start = time.perf_counter()
+    with _quiet():
+        trainer = _trainer(run)
+        (metrics,) = trainer.test(model, datamodule=module, verbose=False)
+    normal, anomalous = spec.counts["test"]
+    return result | {
+        "method": model.method,
+        "metrics": {key: round(value, 6) for key, value in metrics.items()},
+        "test_data": _described(spec) | {"normal": normal, "anomalous": anomalous, "broken": len(module.broken)},
+        "eval_size": [options.crop, options.crop] if options.crop else "native",
+        "seconds": result.get("seconds", {}) | {"evaluate": round(time.perf_counter() - start, 2)},
+        "peak_memory_mb": record.peak_memory_mb(),
+        **record.environment(trainer.strategy.root_device),
+    }
+
+
+def store_evaluation(folder: Any, model: AnomalyModule, result: dict[str, Any]) -> None:
+    """Put an evaluation's record, card and per-image scores into the model's folder."""
+    scores = checkpoint.csv_text(["image", "label", "score"], model.scored)
+    checkpoint.write_text(folder / "private" / "scores.csv", scores)
+    checkpoint.write_text(folder / checkpoint.CARD, render_card(model.config(), result))
+    checkpoint.write_text(folder / checkpoint.RECORD, checkpoint.dump(result))
+
+
+@torch.inference_mode()
+def calibrate_on_heldout(
+    model: AnomalyModule, module: AnomalyDataModule, device: torch.device
+) -> list[tuple[str, float]]:
+    """Give a model the default thresholds of held-out normals; returns their names and scores (none: no threshold)."""
+    model.to(device)
+    heldout: list[tuple[str, float]] = []
+    tables, shift = [torch.zeros(0, 4, dtype=torch.int64, device=device)], 0  # of all pixels, in bounded memory
+    for groups in module.holdout_dataloader():
+        for part in groups:
+            with model.autocast():
+                scores = model(part.image.to(device))
+            heldout += zip(part.name, scores.image.tolist(), strict=True)
+            tables, shift = ranking.add(tables, shift, scores.map, torch.zeros_like(scores.map, dtype=torch.bool))
+    if heldout:
+        low, high, top = _quantiles(ranking.merge(torch.cat(tables), shift)[0], (0.5, PIXEL_QUANTILE, 1.0))
+        model.calibration = default_calibration([score for _, score in heldout], high, [low, top])
+    return heldout
+
+
+def _quantiles(table: torch.Tensor, shares: Sequence[float]) -> list[float]:
+    """Smallest scores that at least these shares of a rank table's negatives don't exceed."""
+    below = table[:, 1].cumsum(0)  # (n,)
+    ranks = torch.tensor([math.ceil(share * int(below[-1])) for share in shares], device=table.device)
+    return [ranking.key_score(key) for key in table[torch.searchsorted(below, ranks), 0].tolist()]
+
+
+def _described(spec: DataSpec) -> dict[str, Any]:
+    return {"name": spec.name, "fingerprint": spec.fingerprint}
+
+
+def _announce(model: AnomalyModule, module: AnomalyDataModule, run: RunOptions) -> None:
+    held = model.estimate_memory(module.num_train_images) / 2**20
+    run.say(
+        f"Fitting {model.method} on {module.num_train_images} normal images "
+        f"({len(module.holdout_set)} more held out); it holds about {held:,.0f} MB beside the network."
+    )
+
+
+def device_of(name: str) -> torch.device:
+    """The device that `auto`, `cpu`, `mps`, `cuda` or `cuda:N` stands for.
+
+    Raises:
+        ZooError: a device that this machine doesn't have.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, 1)
+    if int(index or 0) >= count:
+        raise ZooError(f"--device {name}: this machine has {count} of {kind}; take --device auto or cpu.")
+    return torch.device(name)
+
+
+def _trainer(run: RunOptions, **options: Any) -> L.Trainer:
+    device = device_of(run.device)
+    return L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else device.type,
+        devices=[device.index or 0] if device.type == "cuda" else 1,
+        precision=run.precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=run.progress,
+        callbacks=[TQDMProgressBar(leave=True)] if run.progress else [],
+        use_distributed_sampler=False,  # the data module has its own
+        num_sanity_val_steps=0,
+        **options,
+    )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Lightning's advice, which is meant for its developers."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
+    finally:
+        logger.setLevel(level)

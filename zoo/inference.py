@@ -1,0 +1,91 @@
+"""Predict over files and folders: overlays, masks, a CSV and a JSON file, written as the images are done."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from zoo import checkpoint, plots
+from zoo.errors import ZooError
+from zoo.fit import RunOptions, device_of
+from zoo.image import EXTENSIONS, read_image
+from zoo.module import AnomalyModule
+
+COLUMNS = ("image", "score", "p_value", "is_anomalous", "verdict", "heatmap", "mask")
+
+
+def find_images(paths: Sequence[str | Path]) -> dict[str, Path]:
+    """Files, and all images below folders, by the relative name that their results get.
+
+    Raises:
+        ZooError: a path that doesn't exist, or no image at all.
+    """
+    found: dict[str, Path] = {}
+    for path in map(Path, paths):
+        if path.is_dir():
+            files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and not f.name.startswith("."))
+            if not files:
+                raise ZooError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}).")
+            named = [(file.relative_to(path).as_posix(), file) for file in files]
+        elif path.is_file():
+            named = [(path.name, path)]
+        else:
+            raise ZooError(f"There is no file or folder {path}.")
+        for name, file in named:
+            while name in found:  # the same name from another folder
+                name = f"{file.parent.name}-{name}"
+            found[name] = file
+    return found
+
+
+def predict_files(
+    model: AnomalyModule, images: dict[str, Path], out: Path, batch_size: int, skip_broken: bool, run: RunOptions
+) -> list[dict[str, Any]]:
+    """Score files and write `heatmaps/`, `masks/`, predictions.csv and predictions.json into a folder.
+
+    Args:
+        images: as from `find_images`.
+        batch_size: files read and scored together.
+        skip_broken: list an image that can't be read with the reason, instead of stopping.
+
+    Returns:
+        One row an image, with the keys of `COLUMNS`.
+
+    Raises:
+        ZooError: a broken image, named; what was done before is written.
+    """
+    from rich.progress import track
+
+    if out.exists() and not out.is_dir():
+        raise ZooError(f"--out {out} is a file; name a folder.")
+    model.to(device_of(run.device))
+    model.precision = run.precision
+    rows: list[dict[str, Any]] = []
+    names = list(images)
+    chunks = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
+    try:
+        for chunk in track(chunks, "Scoring", disable=not run.progress):
+            arrays = {}
+            for name in chunk:
+                try:
+                    arrays[name] = read_image(images[name])
+                except ZooError as error:
+                    if not skip_broken:
+                        raise
+                    run.say(f"Left out: {error}")
+            for (name, array), prediction in zip(arrays.items(), model.predict(list(arrays.values())), strict=True):
+                row = {"image": str(images[name]), "score": prediction.score, "p_value": prediction.p_value}
+                row |= {"is_anomalous": prediction.is_anomalous, "verdict": prediction.verdict}
+                row |= {"heatmap": f"heatmaps/{name}.png", "mask": None}
+                plots.save_png(out / row["heatmap"], plots.overlay(array, prediction.map, model.calibration))
+                if model.calibration:
+                    row["mask"] = f"masks/{name}.png"
+                    plots.save_png(out / row["mask"], plots.mask(prediction.map, model.calibration))
+                rows.append(row)
+    finally:
+        lines = [["" if row[key] is None else row[key] for key in COLUMNS] for row in rows]
+        checkpoint.write_text(out / "predictions.csv", checkpoint.csv_text(COLUMNS, lines))
+        thresholds = model.calibration.to_dict() if model.calibration else {}
+        thresholds.pop("scores", None)
+        report = {"method": model.method, "calibration": thresholds or None, "images": rows}
+        checkpoint.write_text(out / "predictions.json", checkpoint.dump(report))
+    return rows

@@ -1,0 +1,99 @@
+"""The registry of methods. It reads their signatures and presets without importing them (nor torch)."""
+
+import ast
+import difflib
+import importlib
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from zoo.errors import ZooError
+
+METHODS = {
+    "padim": "PaDiM",
+    "patchcore": "PatchCore",
+}
+
+
+@dataclass(frozen=True)
+class Option:
+    """One `__init__` argument of a method: its type, default and the line of the docstring about it."""
+
+    type: Any
+    default: Any
+    help: str
+
+
+def list_methods() -> list[str]:
+    """Ids of all methods."""
+    return sorted(METHODS)
+
+
+def method_id(name: str) -> str:
+    """The id that a name stands for (`-` and `_` are the same).
+
+    Raises:
+        ZooError: an unknown name, with the nearest ones.
+    """
+    method = name.lower().replace("-", "_")
+    if method not in METHODS:
+        near = difflib.get_close_matches(method, METHODS, n=3, cutoff=0.4) or list_methods()
+        raise ZooError(f"There is no method {name!r}; did you mean {' or '.join(near)}? `zoo list` shows all.")
+    return method
+
+
+def method_class(name: str) -> type:
+    """The class of a method, imported on use."""
+    method = method_id(name)
+    return getattr(importlib.import_module(f"zoo.methods.{method}"), METHODS[method])
+
+
+def create_model(name: str, preset: str | None = None, **arguments: Any) -> Any:
+    """A new model: the method's defaults, then the preset's values, then `arguments`.
+
+    Raises:
+        ZooError: an unknown method, preset or argument.
+    """
+    method, known = method_id(name), signature(name)
+    values = (presets(method, preset).get("model", {}) if preset else {}) | arguments
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1) or sorted(known)
+            raise ZooError(f"{method} has no argument {key!r}; did you mean {near[0]!r}?")
+    model = method_class(method)(**values)
+    model.preset = preset
+    return model
+
+
+def presets(name: str, preset: str) -> dict[str, dict[str, Any]]:
+    """Sections `model`, `data`, `trainer` of one preset of a method."""
+    known = _read(method_id(name))[1]
+    if preset not in known:
+        raise ZooError(f"{method_id(name)} has no preset {preset!r}; it has {', '.join(known)}.")
+    return known[preset]
+
+
+def signature(name: str) -> dict[str, Option]:
+    """The `__init__` arguments of a method, read from its source."""
+    return _read(method_id(name))[0]
+
+
+def summary(name: str) -> str:
+    """First line of the method's file: its name and paper."""
+    return _read(method_id(name))[2]
+
+
+@cache
+def _read(method: str) -> tuple[dict[str, Option], dict[str, dict], str]:
+    tree = ast.parse((Path(__file__).parent / f"{method}.py").read_text(encoding="utf-8"))
+    (assign,) = (n for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "PRESETS")
+    (owner,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == METHODS[method])
+    (init,) = (n for n in owner.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
+    lines = [line.strip() for line in ast.get_docstring(owner).splitlines()]
+    options = {}
+    for argument, default in zip(init.args.kwonlyargs, init.args.kw_defaults, strict=True):
+        kind = eval(ast.unparse(argument.annotation), {"Literal": Literal})  # our own source
+        about = next(line.split(": ", 1)[1] for line in lines if line.startswith(f"{argument.arg}: "))
+        options[argument.arg] = Option(kind, ast.literal_eval(default), about)
+    return options, ast.literal_eval(assign.value), ast.get_docstring(tree).splitlines()[0]

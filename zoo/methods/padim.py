@@ -1,0 +1,141 @@
+"""PaDiM: a Patch Distribution Modeling framework (Defard et al., ICPR workshops 2021, arXiv 2011.08785).
+
+Idea: at every position of the feature grid the features of normal images follow one Gaussian. The anomaly score of a
+patch is its Mahalanobis distance to the Gaussian of its own position.
+
+No official code is known; the widely used re-implementation is xiahaifeng1995/PaDiM-Anomaly-Detection-Localization
+(Apache-2.0). Same as there: layers of stride 4, 8, 16 joined by nearest upsampling, one random subset of channels,
+covariance with N - 1 plus 0.01 I, map smoothed with sigma 4, image score = its maximum.
+Deviations: moments are accumulated in one pass around the mean of the first batch, so memory does not grow with the
+number of images; the inverse is kept as a triangular factor; input is 224 without the crop (preset `original` has it).
+"""
+
+import logging
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.errors import ZooError
+from zoo.module import AnomalyModule, Batch, Scores
+from zoo.nn.features import FeatureExtractor
+from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
+from zoo.nn.precision import full_precision
+
+log = logging.getLogger("zoo")
+
+PRESETS = {
+    "original": {"data": {"resize": 256, "crop": 224}},
+    "paper224": {},
+    "lite": {"model": {"backbone": "tf_efficientnet_lite0", "dims": 100}},
+}
+
+
+class PaDiM(AnomalyModule):
+    """A Gaussian for each position of the feature grid.
+
+    Args:
+        backbone: timm name of the frozen feature extractor, with its weight tag.
+        backbone_weights: local safetensors file of its weights; None takes the published ones.
+        layers: indices of the backbone's feature levels; None takes those of stride 4, 8 and 16.
+        input_size: images are resized to this size, or [height, width].
+        dims: random channels kept out of all layers' channels; capped at their number.
+        ridge: added to the diagonal of each covariance.
+        sigma: of the Gaussian that smooths the map, in pixels of the input size.
+        seed: draws the channels.
+    """
+
+    method = "padim"
+
+    def __init__(
+        self,
+        *,
+        backbone: str = "wide_resnet50_2.tv_in1k",
+        backbone_weights: str | None = None,
+        layers: list[int] | None = None,
+        input_size: int | list[int] = 224,
+        dims: int = 550,
+        ridge: float = 0.01,
+        sigma: float = 4.0,
+        seed: int = 1024,
+    ):
+        super().__init__(input_size)
+        self.save_hyperparameters()
+        self.features = FeatureExtractor(backbone, (4, 8, 16), layers, backbone_weights)
+        self.mean, self.std = self.features.mean, self.features.std
+        total = sum(self.features.channels)
+        if dims < 1:
+            raise ZooError(f"--dims is at least 1, not {dims}.")
+        self.dims = min(dims, total)
+        if self.dims < dims:
+            log.warning("--dims %d is capped at %d, the channels of %s.", dims, total, backbone)
+            self.hparams.dims = total
+        chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: self.dims]
+        self.register_buffer("subset", chosen.sort().values)  # (d,)
+        self.register_buffer("center", torch.empty(0, self.dims))  # (P, d) mean of each position
+        self.register_buffer("whitening", torch.empty(0, self.dims, self.dims))  # (P, d, d): W^T W = covariance^-1
+        self.grid: tuple[int, int] | None = None
+        self.count = 0
+        self.moments: dict[str, Tensor] = {}  # shift (P, d), total (P, d), squares (P, d, d), all about the shift
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> chosen channels of all layers, by position of the first layer's grid (P, B, d)."""
+        maps = self.features(self.prepare(images))
+        self.grid = tuple(maps[0].shape[-2:])
+        joined = torch.cat([F.interpolate(m.float(), self.grid, mode="nearest") for m in maps], 1)
+        return joined[:, self.subset].flatten(2).permute(2, 0, 1).contiguous()
+
+    def observe(self, batch: Batch) -> None:
+        x = self.embed(batch.image)  # (P, B, d)
+        if not self.moments:
+            square = x.new_zeros(x.shape[0], self.dims, self.dims)
+            self.moments = {"shift": x.mean(1), "total": torch.zeros_like(x[:, 0]), "squares": square}
+        x = x - self.moments["shift"][:, None]
+        self.count += x.shape[1]
+        self.moments["total"] += x.sum(1)
+        with full_precision(x):
+            self.moments["squares"].baddbmm_(x.transpose(1, 2), x)
+
+    def finish(self) -> None:
+        """Moments -> means and whitening factors, in float64, some positions at a time, in place of the squares."""
+        shift, total, squares = (self.moments.pop(k) for k in ("shift", "total", "squares"))
+        eye = torch.eye(self.dims, dtype=torch.float64, device=total.device)
+        for part in torch.arange(len(total)).split(64):
+            covariance = squares[part].double() - torch.einsum("pi,pj->pij", *[total[part].double()] * 2) / self.count
+            covariance = covariance / max(self.count - 1, 1) + self.hparams.ridge * eye
+            factor = torch.linalg.cholesky(covariance)  # L L^T
+            squares[part] = torch.linalg.solve_triangular(factor, eye, upper=False).to(squares.dtype)  # W = L^-1
+        self.center, self.whitening = shift + total / self.count, squares
+        self.count = 0
+
+    def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
+        x = self.embed(images) - self.center[:, None]  # (P, B, d)
+        with full_precision(x):
+            distance = torch.bmm(x, self.whitening.transpose(1, 2)).norm(dim=2)  # (P, B)
+        maps = distance.T.reshape(len(images), 1, *self.grid)
+        maps = gaussian_blur(resize_map(maps, self.size), self.hparams.sigma)  # (B, 1, *size)
+        return Scores(masked_to_roi(maps, roi).amax(dim=(1, 2, 3)), resize_map(maps, images.shape[-2:]))
+
+    def estimate_memory(self, num_images: int) -> int:
+        positions = (self.size[0] // self.features.strides[0]) * (self.size[1] // self.features.strides[0])
+        return 4 * positions * self.dims * (self.dims + 3)
+
+    def fit_state(self) -> dict[str, Any]:
+        return {"count": self.count, "moments": self.moments}
+
+    def load_fit_state(self, state: dict[str, Any]) -> None:
+        self.count, self.moments = state["count"], state["moments"]
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        """The triangular factor is stored packed: half the file."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        row, column = torch.tril_indices(self.dims, self.dims, device=self.whitening.device)
+        destination[f"{prefix}whitening"] = self.whitening[:, row, column]  # (P, d (d + 1) / 2)
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        packed = state[f"{prefix}whitening"]
+        full = packed.new_zeros(len(packed), self.dims, self.dims)
+        row, column = torch.tril_indices(self.dims, self.dims, device=packed.device)
+        full[:, row, column] = packed
+        super()._load_from_state_dict(state | {f"{prefix}whitening": full}, prefix, *args)

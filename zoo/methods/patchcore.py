@@ -1,0 +1,188 @@
+"""PatchCore: Towards Total Recall in Industrial Anomaly Detection (Roth et al., CVPR 2022, arXiv 2106.08265).
+
+Idea: keep a memory bank of patch features of normal images, thinned to a coreset that covers them all. The anomaly
+score of a patch is its distance to the nearest vector of the bank.
+
+Original code: amazon-science/patchcore-inspection (Apache-2.0). Same as there: 3x3 neighbourhoods of the layers of
+stride 8 and 16, adaptively pooled to 1024 values; squared distances; image score = maximum over the raw patch scores,
+before any smoothing; map bilinear, sigma 4. The paper's re-weighting (eq. 7), absent there, is an option.
+Deviations: channels are pooled before the coarser layer is resized (the two steps commute, it is cheaper); the greedy
+coreset is exact and of fixed size, through a bounded working set, so memory does not grow with the number of images
+(`coreset_ratio` and `project_to` give the original's choice); input is 224 without the crop (preset `original` has it).
+"""
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.errors import ZooError
+from zoo.module import AnomalyModule, Batch, Scores
+from zoo.nn.coreset import StreamingCoreset, greedy_coreset, nearest
+from zoo.nn.features import FeatureExtractor
+from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
+from zoo.nn.precision import full_precision
+
+PRESETS = {
+    "original": {
+        "model": {"coreset_ratio": 0.1, "project_to": 128},
+        "data": {"resize": 256, "crop": 224},
+    },
+    "paper224": {"data": {"train_fraction": 0.5}},
+    "lite": {"model": {"backbone": "tf_efficientnet_lite0", "embedding": "concat"}},
+}
+
+
+class PatchCore(AnomalyModule):
+    """A memory bank of normal patches and the distance to it.
+
+    Args:
+        backbone: timm name of the frozen feature extractor, with its weight tag.
+        backbone_weights: local safetensors file of its weights; None takes the published ones.
+        layers: indices of the backbone's feature levels; None takes those of stride 8 and 16.
+        input_size: images are resized to this size, or [height, width].
+        embedding: official (each patch adaptively pooled to 1024 values) or concat (3x3 mean of all channels).
+        bank_size: vectors in the memory bank.
+        working_set: candidates held during the fit, in multiples of bank_size.
+        coreset_ratio: keep this share of all patches instead of bank_size; holds all of them in memory.
+        project_to: choose the coreset in a random projection to so many values; only with coreset_ratio.
+        score: image score as the maximum of the patch scores, or reweighted as in the paper's equation 7.
+        neighbours: the nearest bank vectors whose distances are averaged.
+        reweight_neighbours: bank vectors around the nearest one that enter the re-weighting.
+        sigma: of the Gaussian that smooths the map, in pixels of the input size.
+        seed: of the coreset's start and projection.
+    """
+
+    method = "patchcore"
+
+    def __init__(
+        self,
+        *,
+        backbone: str = "wide_resnet50_2.tv_in1k",
+        backbone_weights: str | None = None,
+        layers: list[int] | None = None,
+        input_size: int | list[int] = 224,
+        embedding: Literal["official", "concat"] = "official",
+        bank_size: int = 10000,
+        working_set: int = 4,
+        coreset_ratio: float | None = None,
+        project_to: int | None = None,
+        score: Literal["max", "reweighted"] = "max",
+        neighbours: int = 1,
+        reweight_neighbours: int = 9,
+        sigma: float = 4.0,
+        seed: int = 0,
+    ):
+        super().__init__(input_size)
+        self.save_hyperparameters()
+        if coreset_ratio is not None and not 0 < coreset_ratio <= 1:
+            raise ZooError(f"--coreset-ratio lies in (0, 1], not {coreset_ratio}.")
+        if project_to is not None and coreset_ratio is None:
+            raise ZooError("--project-to needs --coreset-ratio: the bank of fixed size is chosen without projection.")
+        if min(bank_size, neighbours, reweight_neighbours) < 1 or working_set < 2:
+            raise ZooError("--bank-size and the numbers of neighbours are at least 1, --working-set at least 2.")
+        self.features = FeatureExtractor(backbone, (8, 16), layers, backbone_weights)
+        self.mean, self.std = self.features.mean, self.features.std
+        self.width = 1024 if embedding == "official" else sum(self.features.channels)
+        self.register_buffer("bank", torch.empty(0, self.width))  # (M, D)
+        self.origin: list[tuple[str, int, int]] = []  # image name, row, column of each vector of the bank
+        self.names: list[str] = []  # of the images seen
+        self.stream = StreamingCoreset(bank_size, working_set * bank_size, seed)
+        self.kept: list[tuple[Tensor, Tensor]] = []  # all vectors and their source (image, row, column), for a ratio
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Images (B, C, H, W) -> patch vectors on the grid of the first layer (B, D, h, w)."""
+        maps = [m.float() for m in self.features(self.prepare(images))]
+        pool = self._pool_official if self.hparams.embedding == "official" else _pool_mean
+        pooled = [pool(m) for m in maps]
+        joined = [resize_map(m, pooled[0].shape[-2:]) for m in pooled]
+        if self.hparams.embedding == "concat":
+            return torch.cat(joined, 1)
+        stacked = torch.stack(joined, 1).flatten(1, 2)  # (B, layers * 1024, h, w)
+        return _pool_channels(stacked, self.width)
+
+    def _pool_official(self, features: Tensor) -> Tensor:
+        """(B, C, h, w) -> the 3x3 neighbourhood of each position, its C * 9 values pooled to 1024 (B, 1024, h, w)."""
+        patches = F.unfold(features, 3, padding=1).view(len(features), -1, *features.shape[-2:])  # (B, C * 9, h, w)
+        return _pool_channels(patches, self.width)
+
+    def observe(self, batch: Batch) -> None:
+        maps = self.embed(batch.image)
+        b, _, h, w = maps.shape
+        vectors = maps.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, D)
+        first = len(self.names)
+        self.names += batch.name
+        image, row, column = torch.arange(first, first + b), torch.arange(h), torch.arange(w)
+        source = torch.cartesian_prod(image, row, column).to(vectors.device)  # (B h w, 3)
+        if self.hparams.coreset_ratio is None:
+            with full_precision(vectors):
+                self.stream.add(vectors, source)
+        else:
+            self.kept.append((vectors, source))
+
+    def finish(self) -> None:
+        if self.hparams.coreset_ratio is None:
+            self.bank, source = self.stream.finish()
+        else:
+            vectors, source = (torch.cat(part) for part in zip(*self.kept, strict=True))
+            size = max(1, round(self.hparams.coreset_ratio * len(vectors)))
+            chosen, _ = greedy_coreset(vectors, size, seed=self.hparams.seed, project_to=self.hparams.project_to)
+            self.bank, source = vectors[chosen], source[chosen]
+        self.origin = [(self.names[image], row, column) for image, row, column in source.tolist()]
+        self.names, self.kept = [], []
+        self.stream = StreamingCoreset(self.stream.size, self.stream.working_set, self.hparams.seed)
+
+    def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
+        maps = self.embed(images)
+        b, _, h, w = maps.shape
+        vectors = maps.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, D)
+        with full_precision(vectors):
+            distance, index = nearest(vectors, self.bank, min(self.hparams.neighbours, len(self.bank)))  # (B h w, k)
+        patch = distance.square().mean(1).view(b, 1, h, w)
+        inside = masked_to_roi(patch, roi).flatten(1)  # (B, h w)
+        image = inside.amax(1)
+        if self.hparams.score == "reweighted":
+            highest = inside.argmax(1) + torch.arange(b, device=patch.device) * h * w  # (B,)
+            image = self._reweight(vectors[highest], index[highest, 0])
+        smooth = gaussian_blur(resize_map(patch, self.size), self.hparams.sigma)  # (B, 1, *size)
+        return Scores(image, resize_map(smooth, images.shape[-2:]))
+
+    def _reweight(self, vectors: Tensor, index: Tensor) -> Tensor:
+        """Equation 7: the distance of each vector (B, D) to its nearest of the bank, index (B,), weighted -> (B,).
+
+        The weight is small where the bank vector has close company that is just as near.
+        """
+        count = min(self.hparams.reweight_neighbours, len(self.bank))
+        _, around = nearest(self.bank[index], self.bank, count)  # (B, count), the bank vector itself first
+        distance = (vectors[:, None] - self.bank[around]).norm(dim=2)  # (B, count)
+        return (1 - distance.softmax(1)[:, 0]) * (vectors - self.bank[index]).norm(dim=1)
+
+    def estimate_memory(self, num_images: int) -> int:
+        stride = self.features.strides[0]
+        patches = num_images * (self.size[0] // stride) * (self.size[1] // stride)
+        held = patches if self.hparams.coreset_ratio is not None else min(patches, self.stream.working_set)
+        return held * (4 * self.width + 24)
+
+    def fit_state(self) -> dict[str, Any]:
+        return {"names": self.names, "kept": self.kept, "stream": self.stream.state_dict()}
+
+    def load_fit_state(self, state: dict[str, Any]) -> None:
+        self.names, self.kept = state["names"], state["kept"]
+        self.stream.load_state_dict(state["stream"])
+
+    def private_state(self) -> dict[str, Any]:
+        return {"origin": self.origin}
+
+    def load_private_state(self, state: dict[str, Any]) -> None:
+        self.origin = [tuple(place) for place in state["origin"]]
+
+
+def _pool_channels(x: Tensor, width: int) -> Tensor:
+    """Adaptive average pooling along the channels: (B, C, h, w) -> (B, width, h, w)."""
+    return F.adaptive_avg_pool3d(x[:, None], (width, *x.shape[-2:]))[:, 0]
+
+
+def _pool_mean(features: Tensor) -> Tensor:
+    """Mean of each channel over the 3x3 neighbourhood (B, C, h, w), zeros outside counted."""
+    return F.avg_pool2d(features, 3, stride=1, padding=1)

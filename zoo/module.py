@@ -1,0 +1,292 @@
+"""The one contract of all methods: images in, raw anomaly scores and maps out."""
+
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor
+
+from zoo import checkpoint
+from zoo.calibration import Calibration
+from zoo.cards import render_card
+from zoo.errors import ZooError
+from zoo.image import read_image, resize, to_tensor
+from zoo.metrics import AnomalyMetrics
+
+
+class Batch(NamedTuple):
+    """Images (B, 1 or 3, H, W) float in [0, 1], their names and, where known, labels (B,), masks and regions of
+    interest (B, 1, H, W) bool."""
+
+    image: Tensor
+    name: list[str]
+    label: Tensor | None = None
+    mask: Tensor | None = None
+    roi: Tensor | None = None
+
+
+class Scores(NamedTuple):
+    """Raw scores (B,) and maps (B, 1, H, W), float32, higher = more anomalous, never rescaled by image or batch."""
+
+    image: Tensor
+    map: Tensor
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What `predict` says of one image.
+
+    Attributes:
+        score: raw image score, higher = more anomalous.
+        map: raw anomaly map, float32 (H, W), at the image's own size.
+        p_value: share of normal images that score as high; None until the model is calibrated.
+        is_anomalous: the calibrated verdict; None until the model is calibrated.
+        verdict: the same in words; before calibration it applies the fit's default threshold and says so.
+    """
+
+    score: float
+    map: np.ndarray
+    p_value: float | None = None
+    is_anomalous: bool | None = None
+    verdict: str = "no threshold"
+
+
+class AnomalyModule(L.LightningModule):
+    """Base of all methods (one file each in `zoo/methods`).
+
+    A subclass has `forward(images, roi=None) -> Scores` and learns in one or both of two ways: by gradient
+    (`training_step`, `configure_optimizers`), or by statistics: `observe(batch)` for each batch of normal images, then
+    `finish()` once. Its keyword-only `__init__` arguments are plain JSON values: they are the configuration.
+
+    Attributes:
+        num_train_images: set before the first `observe`.
+        calibration: thresholds from held-out normals, or None.
+    """
+
+    method: ClassVar[str]
+    channels: ClassVar[int] = 3  # what the network takes; grey is repeated, colour is averaged
+
+    def __init__(self, input_size: int | list[int]):
+        super().__init__()
+        self.size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
+        if len(self.size) != 2 or min(self.size) < 32:
+            raise ZooError(f"--input-size is one number or [height, width] of at least 32 pixels, not {input_size}.")
+        self.mean, self.std = (0.5,) * self.channels, (0.5,) * self.channels
+        self.num_train_images = 0
+        self.calibration: Calibration | None = None
+        self.preset: str | None = None
+        self.precision = "32-true"
+        self.metrics = AnomalyMetrics()
+        self.scored: list[tuple[str, int, float]] = []  # (name, label, score) of the last validation or test
+
+    # ---- images in -------------------------------------------------------------------------------------------------
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """Images (B, 1 or 3, H, W) in [0, 1] -> network input (B, channels, *size): resized whole, normalised."""
+        images = resize(images.float(), self.size)
+        if images.shape[1] != self.channels:
+            images = images.expand(-1, 3, -1, -1) if self.channels == 3 else images.mean(1, keepdim=True)
+        mean, std = (images.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return (images - mean) / std
+
+    # ---- learning by statistics --------------------------------------------------------------------------------------
+
+    def training_step(self, batch: Batch, index: int) -> Tensor | None:
+        with torch.no_grad():
+            self.observe(batch)
+        return None
+
+    def configure_optimizers(self) -> Any:
+        return None
+
+    def on_fit_start(self) -> None:
+        data = self.trainer.datamodule
+        self.num_train_images = data.num_train_images if data else len(self.trainer.train_dataloader.dataset)
+
+    def on_train_epoch_end(self) -> None:
+        if hasattr(self, "observe"):
+            with torch.no_grad():
+                self.finish()
+
+    def fit_state(self) -> dict[str, Any]:
+        """What `observe` has gathered so far: tensors and plain values for a Lightning checkpoint, not for a model."""
+        return {}
+
+    def load_fit_state(self, state: dict[str, Any]) -> None:
+        """Take up what `fit_state` gave."""
+
+    def on_save_checkpoint(self, ckpt: dict[str, Any]) -> None:
+        ckpt["fit_state"] = self.fit_state()
+
+    def on_load_checkpoint(self, ckpt: dict[str, Any]) -> None:
+        self.load_fit_state(ckpt.get("fit_state", {}))
+
+    # ---- validation and test -----------------------------------------------------------------------------------------
+
+    def on_validation_epoch_start(self) -> None:
+        self.metrics.reset()
+        self.scored = []
+
+    def validation_step(self, batch: Batch | list[Batch], index: int) -> None:
+        for part in [batch] if isinstance(batch, Batch) else batch:  # a list: one batch for each image size
+            scores = self(part.image, part.roi)
+            self.metrics.update(scores.image, scores.map, part.label, part.mask, part.roi)
+            self.scored += zip(part.name, part.label.tolist(), scores.image.tolist(), strict=True)
+
+    def on_validation_epoch_end(self) -> None:
+        if not self.trainer.sanity_checking:
+            self.log_dict(self.metrics.compute())
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+    on_test_epoch_end = on_validation_epoch_end
+
+    def predict_step(self, batch: Batch | list[Batch], index: int) -> list[Prediction]:
+        parts = [batch] if isinstance(batch, Batch) else batch
+        return [prediction for part in parts for prediction in self._judge(self(part.image, part.roi))]
+
+    # ---- prediction --------------------------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def predict(self, images: Any, batch_size: int = 8) -> Prediction | list[Prediction]:
+        """Score images of any size and bit depth.
+
+        Args:
+            images: a path, PIL image, array (H, W) or (H, W, 3) of 8 or 16 bits, or tensor (C, H, W); a list of
+                these, or a stacked (N, ...) array or tensor, gives a list.
+            batch_size: images of equal size that go through the network at once.
+
+        Raises:
+            ZooError: an image that can't be read, named.
+        """
+        if not _is_many(images):
+            return self.predict([images])[0]
+        was_training = self.training
+        self.eval()
+        try:
+            found: list[Prediction] = []
+            group: list[Tensor] = []
+            for source in images:
+                image = _as_image(source)
+                if group and (len(group) == batch_size or image.shape != group[0].shape):
+                    found += self._predict(group)
+                    group = []
+                group.append(image)
+            return found + self._predict(group)
+        finally:
+            self.train(was_training)
+
+    def _predict(self, group: list[Tensor]) -> list[Prediction]:
+        """Images of one shape."""
+        if not group:
+            return []
+        with self.autocast():
+            return self._judge(self(torch.stack(group).to(self.device)))
+
+    def autocast(self) -> torch.autocast:
+        """The precision in which the model was fitted and calibrated, for a forward outside of a Trainer."""
+        half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
+        return torch.autocast(self.device.type, half, enabled=half is not None)
+
+    def _judge(self, scores: Scores) -> list[Prediction]:
+        maps = scores.map[:, 0].float().cpu().numpy()  # (B, H, W)
+        return [self._verdict(score, map) for score, map in zip(scores.image.tolist(), maps, strict=True)]
+
+    def _verdict(self, score: float, map: np.ndarray) -> Prediction:
+        if self.calibration is None:
+            return Prediction(score, map)
+        anomalous = score >= self.calibration.image_threshold
+        words = "anomalous" if anomalous else "normal"
+        if not self.calibration.calibrated:
+            return Prediction(score, map, verdict=f"{words} (uncalibrated)")
+        return Prediction(score, map, self.calibration.p_value(score), anomalous, words)
+
+    # ---- keeping -----------------------------------------------------------------------------------------------------
+
+    def estimate_memory(self, num_images: int) -> int:
+        """Bytes that a fit on so many images holds beside the network and one batch."""
+        return 0
+
+    def private_state(self) -> dict[str, Any]:
+        """JSON values that stay with the owner (image names): saved under `private/`, never published."""
+        return {}
+
+    def load_private_state(self, state: dict[str, Any]) -> None:
+        """Take up what `private_state` gave."""
+
+    def config(self) -> dict[str, Any]:
+        """What `config.json` holds of this model, but for what `checkpoint.save` adds. No path of this machine."""
+        return {
+            "zoo_version": metadata.version("zoo"),
+            "method": self.method,
+            "preset": self.preset,
+            "arguments": {k: None if k == "backbone_weights" else v for k, v in self.hparams.items()},
+            "preprocessing": {
+                "input_size": list(self.size),
+                "channels": self.channels,
+                "mean": list(self.mean),
+                "std": list(self.std),
+                "resize": "bilinear, antialias",
+            },
+            "precision": self.precision,
+            "calibration": self.calibration.to_dict() if self.calibration else None,
+            "backbone": self.features.source if hasattr(self, "features") else None,
+        }
+
+    def take_config(self, config: dict[str, Any]) -> None:
+        """Take up what `config` gave, after the weights are loaded."""
+        self.preset, self.precision = config["preset"], config["precision"]
+        self.calibration = Calibration(**config["calibration"]) if config["calibration"] else None
+        if hasattr(self, "features"):
+            self.features.source = config["backbone"]
+
+    def save_pretrained(
+        self, folder: str | Path, record: dict[str, Any] | None = None, private: dict[str, str] | None = None
+    ) -> Path:
+        """Write the model as a folder: weights, configuration, card, record and what is private.
+
+        Args:
+            folder: its place; a model that is already there is replaced, all at once.
+            record: the results that the card states.
+            private: further text files by name, kept under `private/`.
+
+        Raises:
+            ZooError: something else than a model lies there, or it can't be written.
+        """
+        config = self.config()
+        extra = {checkpoint.CARD: render_card(config, record)}
+        if record:
+            extra[checkpoint.RECORD] = checkpoint.dump(record)
+        private = {"state.json": checkpoint.dump(self.private_state())} | (private or {})
+        return checkpoint.save(folder, self, config, extra | {f"private/{k}": v for k, v in private.items()})
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Buffers whose size is learnt (a memory bank) take the stored shape."""
+        for name, buffer in self._buffers.items():
+            stored = state.get(prefix + name)
+            if buffer is not None and stored is not None and stored.shape != buffer.shape:
+                self._buffers[name] = buffer.new_empty(stored.shape)
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+def _is_many(images: Any) -> bool:
+    if isinstance(images, list | tuple):
+        return True
+    if isinstance(images, Tensor):
+        return images.ndim == 4
+    return isinstance(images, np.ndarray) and images.ndim == 4
+
+
+def _as_image(source: Any) -> Tensor:
+    """Any one image -> float (1 or 3, H, W) in [0, 1]."""
+    if not isinstance(source, Tensor):
+        return to_tensor(read_image(source))
+    if source.ndim == 2:
+        source = source[None]
+    if source.ndim != 3 or source.shape[0] not in (1, 3):
+        raise ZooError(f"An image tensor has shape (1 or 3, H, W), not {tuple(source.shape)}.")
+    return source.float() if source.is_floating_point() else to_tensor(source.movedim(0, -1).cpu().numpy())

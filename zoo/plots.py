@@ -1,0 +1,91 @@
+"""Pictures: heatmap overlays on a scale that the held-out normals fix, masks, and the paper's Figure 1."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from PIL import Image
+from skimage.segmentation import find_boundaries
+
+from zoo.calibration import Calibration
+
+COLOURS = colormaps["inferno"]  # perceptually uniform
+
+
+def grey8(image: np.ndarray) -> np.ndarray:
+    """An image (H, W) or (H, W, 3) of any depth as uint8 (H, W, 3), for display: its full scale, never stretched."""
+    scale = {"uint8": 1, "uint16": 1 / 257, "float32": 255}[image.dtype.name]
+    view = np.clip(image * scale, 0, 255).astype(np.uint8)
+    return view if view.ndim == 3 else np.repeat(view[..., None], 3, axis=2)
+
+
+def heat(map: np.ndarray, calibration: Calibration | None) -> np.ndarray:
+    """A raw map (H, W) on [0, 1]: 0 at the median normal pixel, 0.5 at the pixel threshold.
+
+    Without calibration there is no scale that images share, so the map's own range is taken.
+    """
+    if calibration is None:
+        low, high = float(map.min()), float(map.max())
+    else:
+        low = calibration.pixel_range[0]
+        high = low + 2 * (calibration.pixel_threshold - low)
+    return np.clip((map - low) / max(high - low, 1e-12), 0, 1)
+
+
+def overlay(image: np.ndarray, map: np.ndarray, calibration: Calibration | None, opacity: float = 0.6) -> np.ndarray:
+    """Heatmap over the image, uint8 (H, W, 3): the hotter, the more opaque."""
+    level = heat(map, calibration)
+    colour = COLOURS(level)[..., :3] * 255  # (H, W, 3)
+    weight = opacity * level[..., None]
+    return ((1 - weight) * grey8(image) + weight * colour).astype(np.uint8)
+
+
+def mask(map: np.ndarray, calibration: Calibration) -> np.ndarray:
+    """Pixels at or above the pixel threshold, bool (H, W)."""
+    return map >= calibration.pixel_threshold
+
+
+def outline(image: np.ndarray, region: np.ndarray, colour: Sequence[int] = (0, 200, 255)) -> np.ndarray:
+    """The image as uint8 (H, W, 3) with a line around a region (H, W)."""
+    view = grey8(image).copy()
+    view[find_boundaries(region, mode="outer")] = colour
+    return view
+
+
+def save_png(path: Path, array: np.ndarray) -> None:
+    """Write uint8 or bool pixels under a temporary name and rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    Image.fromarray(array.astype(np.uint8) * 255 if array.dtype == bool else array).save(temporary, format="png")
+    temporary.replace(path)
+
+
+def figure1(rows: Sequence[dict[str, np.ndarray]], calibration: Calibration, path: Path) -> None:
+    """The paper's Figure 1: one row a defect with a normal image, the defect outlined, heatmap and predicted mask.
+
+    Args:
+        rows: dicts with `normal`, `defective` (H, W), `truth` (H, W) bool and `map` (H, W).
+        calibration: fixes colour scale and mask threshold.
+        path: PNG to write.
+    """
+    titles = ("normal", "defective, outlined", "heatmap", "predicted mask")
+    figure = Figure(figsize=(8, 2.1 * len(rows)), layout="constrained")
+    axes = figure.subplots(len(rows), 4, squeeze=False)
+    for line, row in zip(axes, rows, strict=True):
+        shown = (
+            grey8(row["normal"]),
+            outline(row["defective"], row["truth"]),
+            overlay(row["defective"], row["map"], calibration),
+            mask(row["map"], calibration),
+        )
+        for axis, picture in zip(line, shown, strict=True):
+            axis.imshow(picture, cmap="gray", vmin=0, vmax=1 if picture.dtype == bool else 255)
+            axis.set_axis_off()
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title, fontsize=10)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.part")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
