@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +14,9 @@ from zoo import checkpoint, hub
 from zoo.cards import METRICS
 from zoo.data import FORMS, check_data
 from zoo.errors import ZooError
+from zoo.inference import find_images, predict_files
 from zoo.methods import METHODS, list_methods, method_id, presets, signature, summary
+from zoo.run import RunOptions
 
 USAGE = """usage: zoo COMMAND [--help]
 
@@ -41,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command([_dashes(token) for token in argv[1:]])
         return 0
     except ZooError as error:
-        print(f"zoo: {error}", file=sys.stderr)
+        text = str(error)
+        print(f"zoo: {text}{'' if text.endswith(('.', '?')) else '.'}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("zoo: stopped.", file=sys.stderr)
@@ -173,8 +177,6 @@ def predict(argv: list[str]) -> None:
     if not options.out:
         raise ZooError(f"zoo predict needs --out: zoo predict {options.name} PATH --out DIR.")
 
-    from zoo.inference import find_images, predict_files
-
     images = find_images(options.paths)
     model = hub.from_pretrained(folder)
     rows = predict_files(
@@ -205,7 +207,7 @@ def _data_options(parser: Any, preset: dict[str, Any]) -> None:
     batch = preset.get("batch_size", 32)
     parser.add_argument("--batch-size", type=int, default=batch, help="images a batch")
     parser.add_argument(
-        "--num-workers", type=int | None, default=None, help="decoding processes; null: as the GPU needs"
+        "--num-workers", type=int | None, default=None, help="decoding processes; null: none without a GPU"
     )
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read and list them")
 
@@ -219,11 +221,9 @@ def _run_options(parser: Any, precision: str | None = "32-true") -> None:
     parser.add_argument("--precision", type=Precision | None, default=precision, help="null: as the model was fitted")
 
 
-def _run(options: Any, precision: str = "32-true") -> Any:
-    from zoo.fit import RunOptions
-
-    say = lambda line: print(line, flush=True)  # noqa: E731
-    return RunOptions(options.device, options.precision or precision, sys.stderr.isatty(), say)
+def _run(options: Any, precision: str = "32-true") -> RunOptions:
+    progress = sys.stderr.isatty()
+    return RunOptions(options.device, options.precision or precision, progress, partial(print, flush=True))
 
 
 def _parse(parser: Any, argv: list[str]) -> Any:
@@ -241,7 +241,7 @@ def _parse(parser: Any, argv: list[str]) -> Any:
 
 def _one_sentence(message: str, parser: Any) -> str:
     """jsonargparse's message without line breaks, with the nearest option for an unknown one."""
-    unknown = re.search(r"Unrecognized arguments: (\S+)", message)
+    unknown = re.search(r"(?i)unrecognized arguments: (\S+)", message)
     if unknown:
         options = [o for action in parser._actions for o in action.option_strings if o.startswith("--")]
         near = difflib.get_close_matches(unknown[1].split("=")[0], options, n=1)
@@ -279,7 +279,7 @@ def _is_method(token: str) -> bool:
 
 
 def _value_of(option: str, argv: list[str]) -> str | None:
-    for token, following in zip(argv, [*argv[1:], None], strict=True):
+    for token, following in zip(argv, [*argv[1:], None], strict=False):
         if token == option:
             return following
         if token.startswith(f"{option}="):

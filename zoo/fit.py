@@ -5,8 +5,8 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning as L
@@ -23,6 +23,7 @@ from zoo.methods import create_model, method_id, presets, signature
 from zoo.metrics import ranking
 from zoo.module import AnomalyModule
 from zoo.nn.features import weights_at_hand
+from zoo.run import RunOptions, device_of
 
 PIXEL_QUANTILE = 0.999
 
@@ -37,16 +38,6 @@ class DataOptions:
     resize: int | None = None
     crop: int | None = None
     skip_broken: bool = False
-
-
-@dataclass
-class RunOptions:
-    """Where and how a run computes, and whether it shows a progress bar."""
-
-    device: str = "auto"
-    precision: str = "32-true"
-    progress: bool = False
-    say: Callable[[str], None] = field(default=lambda line: None)
 
 
 def choose_preset(method: str, preset: str | None, arguments: dict[str, Any]) -> str:
@@ -224,21 +215,6 @@ def _announce(model: AnomalyModule, module: AnomalyDataModule, run: RunOptions) 
         f"Fitting {model.method} on {module.num_train_images} normal images "
         f"({len(module.holdout_set)} more held out); it holds about {held:,.0f} MB beside the network."
     )
-
-
-def device_of(name: str) -> torch.device:
-    """The device that `auto`, `cpu`, `mps`, `cuda` or `cuda:N` stands for.
-
-    Raises:
-        ZooError: a device that this machine doesn't have.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, 1)
-    if int(index or 0) >= count:
-        raise ZooError(f"--device {name}: this machine has {count} of {kind}; take --device auto or cpu.")
-    return torch.device(name)
 
 
 def _trainer(run: RunOptions, **options: Any) -> L.Trainer:

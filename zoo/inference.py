@@ -2,19 +2,21 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zoo import checkpoint, plots
+from zoo import checkpoint
 from zoo.errors import ZooError
-from zoo.fit import RunOptions, device_of
 from zoo.image import EXTENSIONS, read_image
-from zoo.module import AnomalyModule
+from zoo.run import RunOptions, device_of
+
+if TYPE_CHECKING:  # imported on use: paths are checked before torch is loaded
+    from zoo.module import AnomalyModule
 
 COLUMNS = ("image", "score", "p_value", "is_anomalous", "verdict", "heatmap", "mask")
 
 
 def find_images(paths: Sequence[str | Path]) -> dict[str, Path]:
-    """Files, and all images below folders, by the relative name that their results get.
+    """Files, and all images below folders, by the name, relative and unique, that their results get.
 
     Raises:
         ZooError: a path that doesn't exist, or no image at all.
@@ -25,20 +27,21 @@ def find_images(paths: Sequence[str | Path]) -> dict[str, Path]:
             files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and not f.name.startswith("."))
             if not files:
                 raise ZooError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}).")
-            named = [(file.relative_to(path).as_posix(), file) for file in files]
+            named = [(file.relative_to(path), file) for file in files]
         elif path.is_file():
-            named = [(path.name, path)]
+            named = [(Path(path.name), path)]
         else:
-            raise ZooError(f"There is no file or folder {path}.")
-        for name, file in named:
-            while name in found:  # the same name from another folder
-                name = f"{file.parent.name}-{name}"
-            found[name] = file
+            raise ZooError(f"There is no file or folder {path}; check the path.")
+        for relative, file in named:
+            # a.png and a.tif, or the same name from two folders, keep their results apart
+            names = [relative.with_suffix("").as_posix(), relative.as_posix(), f"{file.parent.name}-{relative.name}"]
+            names += [f"{relative.as_posix()}-{len(found)}"]
+            found[next(name for name in names if name not in found)] = file
     return found
 
 
 def predict_files(
-    model: AnomalyModule, images: dict[str, Path], out: Path, batch_size: int, skip_broken: bool, run: RunOptions
+    model: "AnomalyModule", images: dict[str, Path], out: Path, batch_size: int, skip_broken: bool, run: RunOptions
 ) -> list[dict[str, Any]]:
     """Score files and write `heatmaps/`, `masks/`, predictions.csv and predictions.json into a folder.
 
@@ -54,6 +57,8 @@ def predict_files(
         ZooError: a broken image, named; what was done before is written.
     """
     from rich.progress import track
+
+    from zoo import plots
 
     if out.exists() and not out.is_dir():
         raise ZooError(f"--out {out} is a file; name a folder.")

@@ -8,7 +8,8 @@ import numpy as np
 from zoo import hub, plots
 from zoo.data import load_data
 from zoo.data.synthetic import KINDS
-from zoo.fit import RunOptions, evaluate, fit, store_evaluation
+from zoo.fit import evaluate, fit, store_evaluation
+from zoo.run import RunOptions
 from zoo.tables import console, metric_table
 
 DATA = "synthetic:train=120,good=30,defect=30,size=256"

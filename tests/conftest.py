@@ -1,0 +1,42 @@
+"""Every test runs offline, with a registry of its own."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of the hub's client
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture(autouse=True)
+def zoo_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ZOO_HOME", str(tmp_path / "zoo-home"))
+    return tmp_path / "zoo-home"
+
+
+@pytest.fixture(scope="session")
+def mvtec(tmp_path_factory):
+    """A small MVTec-style folder: 30 + 6 textured normals, 6 with a bright square and its mask, 96 x 96, grey."""
+    root = tmp_path_factory.mktemp("data") / "tiles"
+    rng = np.random.default_rng(0)
+    stripes = np.tile(np.where(np.arange(96) % 16 < 8, 150, 70), (96, 1))
+
+    def write(folder, i, defect=False):
+        image = np.clip(np.roll(stripes, rng.integers(16), axis=1) + rng.normal(0, 6, (96, 96)), 0, 255)
+        if defect:
+            y, x = rng.integers(10, 66, 2)
+            image[y : y + 18, x : x + 18] = rng.normal(220, 25, (18, 18)).clip(0, 255)
+            mask = np.zeros((96, 96), np.uint8)
+            mask[y : y + 18, x : x + 18] = 255
+            (root / "ground_truth/square").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(mask).save(root / f"ground_truth/square/{i:03d}_mask.png")
+        (root / folder).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image.astype(np.uint8)).save(root / folder / f"{i:03d}.png")
+
+    for i in range(30):
+        write("train/good", i)
+    for i in range(6):
+        write("test/good", i)
+        write("test/square", i, defect=True)
+    return root

@@ -1,0 +1,222 @@
+"""What every registered method promises; a new method is tested by being registered."""
+
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from sklearn.metrics import roc_auc_score
+
+from zoo.data import load_data
+from zoo.data.datamodule import AnomalyDataModule
+from zoo.fit import evaluate, fit
+from zoo.hub import from_pretrained, model_place
+from zoo.methods import create_model, list_methods, method_class, signature
+from zoo.module import AnomalyModule, Batch
+
+SIZE = 96
+SMALL = {"patchcore": {"bank_size": 300}, "padim": {"dims": 40}}  # beside preset lite and input_size, to be quick
+METHODS = pytest.mark.parametrize("method", list_methods())
+
+
+def small(method):
+    return {"input_size": SIZE} | SMALL.get(method, {})
+
+
+@pytest.fixture(scope="module")
+def fitted(mvtec):
+    """method -> (model, record), each fitted once."""
+    return {m: fit(m, str(mvtec), preset="lite", arguments=small(m)) for m in list_methods()}
+
+
+def images(n, channels=1, height=80, width=112, seed=0):
+    return torch.rand(n, channels, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+@METHODS
+def test_signature_is_the_configuration(method):
+    cls = method_class(method)
+    real = inspect.signature(cls.__init__).parameters
+    assert {n for n in real if n != "self"} == signature(method).keys()
+    for name, option in signature(method).items():
+        assert real[name].kind is inspect.Parameter.KEYWORD_ONLY
+        assert real[name].default == option.default and real[name].annotation == option.type
+        assert option.help.endswith(".") and json.dumps(option.default)
+    assert issubclass(cls, AnomalyModule) and cls.method == method
+    assert {"seed", "input_size"} <= signature(method).keys()
+    presets = importlib.import_module(f"zoo.methods.{method}").PRESETS
+    assert {"original", "paper224", "lite"} <= presets.keys()
+    for sections in presets.values():
+        assert sections.keys() <= {"model", "data", "trainer"}
+        assert sections.get("model", {}).keys() <= signature(method).keys()
+
+
+@METHODS
+def test_header_and_readme(method):
+    header = importlib.import_module(f"zoo.methods.{method}").__doc__
+    assert 6 <= len(header.strip().splitlines()) <= 14
+    assert "arXiv" in header and "Deviations" in header
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert f"| `{method.replace('_', '-')}` |" in readme
+
+
+@METHODS
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [(80, 112), (97, 61), (SIZE, SIZE)])
+def test_shapes(fitted, method, channels, size):
+    model, _ = fitted[method]
+    with torch.inference_mode():
+        scores = model(images(2, channels, *size))
+    assert scores.image.shape == (2,) and scores.map.shape == (2, 1, *size)
+    assert scores.image.dtype == scores.map.dtype == torch.float32
+    assert scores.map.isfinite().all() and scores.image.isfinite().all()
+
+
+@METHODS
+def test_grey_equals_its_rgb_copy(fitted, method):
+    model, _ = fitted[method]
+    grey = images(1)
+    with torch.inference_mode():
+        a, b = model(grey), model(grey.expand(-1, 3, -1, -1))
+    torch.testing.assert_close(a.map, b.map, rtol=1e-4, atol=1e-4)
+
+
+@METHODS
+def test_score_is_independent_of_its_batch(fitted, method):
+    model, _ = fitted[method]
+    batch = images(5)
+    with torch.inference_mode():
+        together = model(batch)
+        for i in range(5):
+            alone = model(batch[i : i + 1])
+            torch.testing.assert_close(together.image[i : i + 1], alone.image, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(together.map[i : i + 1], alone.map, rtol=1e-3, atol=1e-4)
+
+
+@METHODS
+def test_fit_is_a_function_of_the_seed(fitted, method, mvtec):
+    again, _ = fit(method, str(mvtec), preset="lite", arguments=small(method))
+    torch.manual_seed(123)  # global state must not matter
+    first, batch = fitted[method][0], images(2)
+    with torch.inference_mode():
+        assert torch.equal(first(batch).map, again(batch).map)
+    assert first.calibration == again.calibration
+
+
+@METHODS
+def test_saved_model_gives_equal_bits(fitted, method, tmp_path):
+    model, record = fitted[method]
+    folder = model.save_pretrained(tmp_path / "model", record)
+    loaded, batch = from_pretrained(folder), images(3)
+    with torch.inference_mode():
+        a, b = model(batch), loaded(batch)
+    assert torch.equal(a.image, b.image) and torch.equal(a.map, b.map)
+    assert loaded.hparams == model.hparams and loaded.calibration == model.calibration
+    assert loaded.private_state() == json.loads(json.dumps(model.private_state())) or loaded.private_state()
+    published = b"".join(p.read_bytes() for p in folder.iterdir() if p.is_file())
+    assert b"train/good" not in published and str(tmp_path).encode() not in published
+
+
+@METHODS
+def test_saved_model_gives_equal_bits_in_a_new_process(fitted, method, tmp_path):
+    model, _ = fitted[method]
+    folder = model.save_pretrained(tmp_path / "model")
+    batch = images(2)
+    torch.save(batch, tmp_path / "in.pt")
+    code = (
+        "import sys, torch, zoo\n"
+        "model = zoo.from_pretrained(sys.argv[1])\n"
+        "with torch.inference_mode(): scores = model(torch.load(sys.argv[2], weights_only=True))\n"
+        "torch.save(tuple(scores), sys.argv[3])"
+    )
+    subprocess.run([sys.executable, "-c", code, folder, tmp_path / "in.pt", tmp_path / "out.pt"], check=True)
+    image, map = torch.load(tmp_path / "out.pt", weights_only=True)
+    with torch.inference_mode():
+        scores = model(batch)
+    assert torch.equal(image, scores.image) and torch.equal(map, scores.map)
+
+
+@METHODS
+def test_learns_to_rank_a_planted_defect(fitted, method, mvtec):
+    model, record = fitted[method]
+    record = evaluate(model, str(mvtec), record)
+    labels, scores = zip(*((label, score) for _, label, score in model.scored), strict=True)
+    assert record["metrics"]["image_auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-6)
+    assert record["metrics"]["image_auroc"] > 0.9 and record["metrics"]["pixel_auroc"] > 0.9
+
+
+@METHODS
+def test_frozen_parts_stay_frozen(fitted, method):
+    fresh = create_model(method, "lite", **small(method))
+    model, _ = fitted[method]
+    if not hasattr(model, "features"):
+        pytest.skip("no frozen part")
+    for (name, a), (_, b) in zip(fresh.features.state_dict().items(), model.features.state_dict().items(), strict=True):
+        assert torch.equal(a, b), name
+    model.train()
+    assert not any(m.training for m in model.features.modules())
+    assert not any(p.requires_grad for p in model.features.parameters())
+    model.eval()
+
+
+@METHODS
+def test_state_of_a_fit_is_flat_in_the_number_of_images(method):
+    sizes = []
+    for count in (24, 72):
+        model = create_model(method, "lite", **small(method))
+        if not hasattr(model, "observe"):
+            pytest.skip("learns by gradient alone")
+        model.eval().num_train_images = count
+        for i in range(0, count, 8):
+            model.observe(Batch(images(8, seed=i), [f"{i + j}.png" for j in range(8)]))
+        sizes.append(tensor_bytes(model.fit_state()))
+    assert sizes[1] <= sizes[0] + 64 * 1024
+
+
+def tensor_bytes(value):
+    if isinstance(value, torch.Tensor):
+        return value.untyped_storage().nbytes()
+    if isinstance(value, dict):
+        value = value.values()
+    return sum(map(tensor_bytes, value)) if isinstance(value, list | tuple | type({}.values())) else 0
+
+
+@METHODS
+def test_lightning_checkpoint_resumes(fitted, method, mvtec, tmp_path):
+    """A plain Trainer with its own checkpoint callback; the file loads without pickle."""
+    model = create_model(method, "lite", **small(method))
+    data = AnomalyDataModule(load_data(str(mvtec)), input_size=model.size, seed=model.hparams.seed)
+    options = dict(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    trainer = L.Trainer(**options, enable_model_summary=False)
+    trainer.fit(model, datamodule=data)
+    path = tmp_path / "last.ckpt"
+    trainer.save_checkpoint(path)
+    loaded = method_class(method).load_from_checkpoint(path, weights_only=True).eval()
+    with torch.inference_mode():
+        assert torch.equal(loaded(images(2)).map, model.eval()(images(2)).map)
+
+
+@METHODS
+def test_region_of_interest_limits_the_image_score(fitted, method):
+    model, _ = fitted[method]
+    batch = images(2)
+    batch[..., 20:60, 70:100] = 1.0  # the hot spot lies on the right
+    left = torch.zeros(2, 1, 80, 112, dtype=torch.bool)
+    left[..., :40] = True
+    with torch.inference_mode():
+        whole, part = model(batch), model(batch, left)
+        everything = model(batch, torch.ones_like(left))
+    assert torch.equal(whole.image, everything.image)
+    assert (part.image <= whole.image).all() and (part.image < whole.image).any()
+
+
+def test_two_fits_of_one_name_leave_one_model(mvtec):
+    for seed in (0, 1):
+        fit("padim", str(mvtec), "twice", "lite", small("padim") | {"seed": seed})
+    assert from_pretrained("twice").hparams.seed == 1
+    assert [p.name for p in model_place("twice").parent.iterdir()] == ["twice"]
