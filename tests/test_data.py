@@ -1,0 +1,198 @@
+"""The data module: what is fitted on, held out and tested, and what odd folders do."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from zoo.data import check_data, load_data
+from zoo.data.datamodule import AnomalyDataModule, EpochSampler
+from zoo.errors import ZooError
+from zoo.fit import evaluate, fit
+
+TINY = {"preset": "lite", "arguments": {"input_size": 64, "dims": 10}}
+
+
+def write(path, size=(64, 64), colour=False, value=100, seed=0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shape = (*size, 3) if colour else size
+    noise = np.random.default_rng(seed).normal(value, 10, shape).clip(0, 255).astype(np.uint8)
+    Image.fromarray(noise).save(path)
+
+
+def names(loader):
+    return [name for batch in loader for part in ([batch] if hasattr(batch, "image") else batch) for name in part.name]
+
+
+def test_splits_are_disjoint_and_seeded(mvtec):
+    data = load_data(str(mvtec))
+    modules = [AnomalyDataModule(data, seed=s) for s in (0, 0, 1)]
+    train, held = (set(names(loader)) for loader in (modules[0].train_dataloader(), modules[0].holdout_dataloader()))
+    assert len(train) == len(held) == 15 and not train & held
+    assert held == set(names(modules[1].holdout_dataloader())) != set(names(modules[2].holdout_dataloader()))
+    assert len(names(modules[0].test_dataloader())) == 12
+
+
+@pytest.mark.parametrize(("count", "held"), [(1, 0), (2, 1), (30, 15), (60, 20), (400, 40)])
+def test_share_held_out(count, held):
+    module = AnomalyDataModule(load_data(f"synthetic:train={count},size=32"))
+    assert len(module.holdout_set) == held and module.num_train_images == count - held
+
+
+def test_train_fraction_is_exact_and_seeded():
+    data = load_data("synthetic:train=200,size=32")
+    module = AnomalyDataModule(data, train_fraction=0.5)
+    assert module.num_train_images + len(module.holdout_set) == 100
+    assert names(module.holdout_dataloader()) == names(AnomalyDataModule(data, train_fraction=0.5).holdout_dataloader())
+
+
+def test_sampler_is_a_function_of_seed_and_epoch():
+    sampler = EpochSampler(50, seed=3)
+    first = list(sampler)
+    sampler.set_epoch(1)
+    second = list(sampler)
+    assert sorted(first) == sorted(second) == list(range(50)) and first != second
+    torch.manual_seed(9)
+    np.random.seed(9)
+    again = EpochSampler(50, seed=3)
+    assert list(again) == first
+    again.load_state_dict({"epoch": 1, "start": 20})
+    assert list(again) == second[20:]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("size", [1, 2, 7, 12])
+def test_ranks_share_without_repeats(world, size, monkeypatch):
+    seen = []
+    for rank in range(world):
+        monkeypatch.setattr("zoo.data.datamodule._rank_and_world", lambda rank=rank: (rank, world))
+        sampler = EpochSampler(size, seed=0)
+        part = list(sampler)
+        assert len(part) == len(sampler)
+        seen += part
+    assert sorted(seen) == list(range(size))
+
+
+def test_mixed_sizes_and_channels(tmp_path):
+    for i in range(8):
+        write(tmp_path / f"train/good/{i}.png", size=[(64, 64), (80, 48)][i % 2], colour=i % 3 == 0, seed=i)
+    write(tmp_path / "test/good/a.png", size=(70, 90), seed=50)
+    write(tmp_path / "test/bad/b.png", size=(50, 60), colour=True, value=200, seed=51)
+    write(tmp_path / "ground_truth/bad/b.png", size=(50, 60), value=250)
+    model, record = fit("padim", str(tmp_path), **TINY)
+    assert record["train_data"]["images"] == 4
+    assert "pixel_aupro" in evaluate(model, str(tmp_path), record)["metrics"]
+
+
+def test_mixed_sizes_in_a_batch_are_resized_as_the_network_does(tmp_path):
+    """A batch of unequal images gives the network the same input as each image alone."""
+    from zoo.methods import create_model
+
+    for i in range(4):
+        write(tmp_path / f"train/good/{i}.png", size=(64 + 16 * i, 64), seed=i)
+    model = create_model("padim", "lite", input_size=64, dims=10)
+    module = AnomalyDataModule(load_data(str(tmp_path)), input_size=model.size)
+    (batch,) = module.train_dataloader()
+    together = model.prepare(batch.image)
+    for name, row in zip(batch.name, together, strict=True):
+        grey = np.asarray(Image.open(tmp_path / name), dtype=np.float32) / 255
+        alone = model.prepare(torch.from_numpy(grey)[None, None])[0]
+        torch.testing.assert_close(row, alone, rtol=0, atol=1e-6)
+
+
+def test_one_image_fits_without_threshold(tmp_path):
+    write(tmp_path / "good/a.png")
+    model, record = fit("padim", str(tmp_path), **TINY)
+    assert record["train_data"] | {"images": 1, "held_out": 0} == record["train_data"]
+    prediction = model.predict(tmp_path / "good/a.png")
+    assert model.calibration is None and prediction.is_anomalous is None and prediction.verdict == "no threshold"
+
+
+def test_flat_folder_and_no_test_split(tmp_path):
+    for i in range(4):
+        write(tmp_path / f"{i}.png", seed=i)
+    model, _ = fit("padim", str(tmp_path), **TINY)
+    with pytest.raises(ZooError, match="no test images"):
+        evaluate(model, str(tmp_path))
+
+
+def test_one_class_in_the_test_split(tmp_path):
+    for i in range(4):
+        write(tmp_path / f"train/good/{i}.png", seed=i)
+    write(tmp_path / "test/good/0.png", seed=9)
+    model, _ = fit("padim", str(tmp_path), **TINY)
+    with pytest.raises(ZooError, match="no anomalous test images"):
+        evaluate(model, str(tmp_path))
+
+
+def test_empty_folder(tmp_path):
+    with pytest.raises(ZooError):
+        check_data(str(tmp_path))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_image_stops_the_fit_with_its_name(tmp_path, workers):
+    for i in range(6):
+        write(tmp_path / f"good/{i}.png", seed=i)
+    (tmp_path / "good/3.png").write_bytes((tmp_path / "good/3.png").read_bytes()[:300])
+    with pytest.raises(ZooError, match="3.png") as caught:
+        fit("padim", str(tmp_path), **TINY, data_options={"num_workers": workers})
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_image_is_left_out_and_listed(tmp_path):
+    from zoo.hub import model_place
+
+    for i in range(6):
+        write(tmp_path / f"good/{i}.png", seed=i)
+    (tmp_path / "good/3.png").write_bytes(b"no image")
+    said = []
+    from zoo.run import RunOptions
+
+    _, record = fit(
+        "padim", str(tmp_path), "m", **TINY, data_options={"skip_broken": True}, run=RunOptions(say=said.append)
+    )
+    assert (
+        record["train_data"]["broken"] == 1 and record["train_data"]["images"] + record["train_data"]["held_out"] == 5
+    )
+    assert "3.png" in (model_place("m") / "private/broken.csv").read_text() and any("3.png" in line for line in said)
+
+
+def test_mask_of_another_size_is_named(tmp_path):
+    write(tmp_path / "train/good/0.png")
+    write(tmp_path / "test/good/0.png", seed=2)
+    write(tmp_path / "test/hole/x.png", seed=3)
+    write(tmp_path / "ground_truth/hole/x.png", size=(32, 32), value=250)
+    model, _ = fit("padim", str(tmp_path), **TINY)
+    with pytest.raises(ZooError, match="test/hole/x.png"):
+        evaluate(model, str(tmp_path))
+
+
+def test_16_bit_reaches_the_network(tmp_path):
+    """16-bit values that differ below 8 bits arrive as different numbers."""
+    ramp = np.arange(64 * 64, dtype=np.uint16).reshape(64, 64) + 20000
+    (tmp_path / "good").mkdir()
+    for i in range(2):
+        Image.fromarray(ramp).save(tmp_path / f"good/{i}.tif")
+    module = AnomalyDataModule(load_data(str(tmp_path)), input_size=(64, 64))
+    (batch,) = module.train_dataloader()
+    np.testing.assert_allclose(batch.image[0, 0].numpy(), ramp / 65535, rtol=0, atol=1e-7)
+    assert batch.image[0, 0].unique().numel() == 64 * 64
+
+
+def test_preset_original_crops_image_and_mask(mvtec):
+    module = AnomalyDataModule(load_data(str(mvtec)), resize=64, crop=56)
+    for group in module.test_dataloader():
+        for part in group:
+            assert part.image.shape[-2:] == (56, 56) and (part.mask is None or part.mask.shape[-2:] == (56, 56))
+
+
+def test_unknown_specifications_list_the_forms():
+    for spec in ("hub:org/name", "miic:/data"):
+        with pytest.raises(ZooError, match="synthetic"):
+            check_data(spec)
+
+
+def test_fingerprint_follows_the_data(mvtec):
+    assert check_data(str(mvtec)).fingerprint == check_data(f"{mvtec}/").fingerprint
+    assert check_data("synthetic:seed=1").fingerprint != check_data("synthetic").fingerprint
