@@ -84,8 +84,11 @@ def from_pretrained(name: str | Path) -> Any:
             raise ZooError(f"{folder / checkpoint.CONFIG} has arguments of the wrong kind ({error}).") from error
 
     module, config = checkpoint.load(folder, build)
-    module.take_config(config)
     private = checkpoint.read_json(folder / "private" / "state.json")
-    if private:
-        module.load_private_state(private)
+    try:
+        module.take_config(config)
+        if private:
+            module.load_private_state(private)
+    except (TypeError, KeyError, ValueError) as error:
+        raise ZooError(f"{folder} has a calibration or private state of the wrong kind ({error}).") from error
     return module
