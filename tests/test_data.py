@@ -196,3 +196,28 @@ def test_unknown_specifications_list_the_forms():
 def test_fingerprint_follows_the_data(mvtec):
     assert check_data(str(mvtec)).fingerprint == check_data(f"{mvtec}/").fingerprint
     assert check_data("synthetic:seed=1").fingerprint != check_data("synthetic").fingerprint
+
+
+def test_a_plain_trainer_and_dataloader_will_do(mvtec):
+    """The contract needs no data module of ours: any DataLoader of Batches."""
+    import lightning as L
+    from torch.utils.data import DataLoader
+
+    from zoo import Batch, create_model
+
+    images = torch.rand(12, 1, 64, 64, generator=torch.Generator().manual_seed(0))
+    rows = [(images[i], f"{i}.png", i % 2, images[i] > 0.9) for i in range(12)]
+
+    def collate(items):
+        image, name, label, mask = zip(*items, strict=True)
+        mask = torch.stack(mask) & (torch.tensor(label).view(-1, 1, 1, 1) > 0)
+        return Batch(torch.stack(image), list(name), torch.tensor(label), mask)
+
+    loader = DataLoader(rows, 5, collate_fn=collate)
+    model = create_model("padim", "lite", input_size=64, dims=10)
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+    trainer.fit(model, loader)
+    assert model.num_train_images == 12 and len(model.center) == 256
+    (metrics,) = trainer.test(model, loader, verbose=False)
+    assert len(metrics) == 7
+    assert sum(len(part) for part in trainer.predict(model, loader)) == 12

@@ -1,6 +1,5 @@
 """The one contract of all methods: images in, raw anomaly scores and maps out."""
 
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -36,8 +35,7 @@ class Scores(NamedTuple):
     map: Tensor
 
 
-@dataclass(frozen=True)
-class Prediction:
+class Prediction(NamedTuple):
     """What `predict` says of one image.
 
     Attributes:
@@ -103,9 +101,8 @@ class AnomalyModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         return None
 
-    def on_fit_start(self) -> None:
-        data = self.trainer.datamodule
-        self.num_train_images = data.num_train_images if data else len(self.trainer.train_dataloader.dataset)
+    def on_train_start(self) -> None:
+        self.num_train_images = len(self.trainer.train_dataloader.dataset)
 
     def on_train_epoch_end(self) -> None:
         if hasattr(self, "observe"):
