@@ -1,0 +1,341 @@
+"""Which vectors a memory bank keeps, and the search in it: k-center coresets and exact nearest neighbours.
+
+Distances are Euclidean, float32 products of centred vectors, and float64 where float32 has lost too many digits.
+"""
+
+import math
+from contextlib import contextmanager
+
+import torch
+
+TILE = 2048  # vectors a side of one product: 16 MB; blocks of 32 MB and more would be mapped afresh each time
+POOL = 2048  # farthest points that are brought up to date together
+CLOSE = 1e-3  # squared distance over squared norm below which float64 takes over
+
+
+@contextmanager
+def _full_precision(device):
+    """Float32 products as such, whatever autocast and torch.set_float32_matmul_precision say."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+def _products(a, b):
+    """|b|^2 - 2ab, the squared distance less |a|^2; (A, D), (B, D) -> (A, B)."""
+    with _full_precision(a.device):
+        return torch.addmm(b.square().sum(1), a, b.T, alpha=-2)
+
+
+def _centre(vectors):
+    """About the mean (D,): taken away, it keeps |a|^2 + |b|^2 - 2ab from cancelling."""
+    return vectors[:: max(1, len(vectors) // TILE)].float().mean(0)
+
+
+def _search(rows, bank, centre, k):
+    """The k nearest in the bank (M, D) of centred rows (q, D): squared distances (q, k) and indices (q, k)."""
+    values, indices = [], []
+    for first in range(0, len(bank), TILE):
+        tile = (bank[first : first + TILE].float() - centre).to(rows)
+        value, index = _products(rows, tile).topk(min(k, len(tile)), largest=False)
+        values.append(value)
+        indices.append(index + first)
+    value, best = torch.cat(values, 1).topk(k, largest=False)
+    index = torch.cat(indices, 1).gather(1, best)
+    norms = rows.square().sum(1, keepdim=True)  # (q, 1)
+    square = value + norms
+    if rows.dtype == torch.float64:
+        return torch.where(square < 1e-12 * norms, 0, square), index
+    close = (square[:, 0] < CLOSE * norms[:, 0]).nonzero().flatten()
+    if len(close):
+        again, index[close] = _search(rows[close].double(), bank, centre, k)
+        square[close] = again.float()
+    return square, index
+
+
+class _Traversal:
+    """Farthest-first traversal that computes only the distances that decide.
+
+    `bound[i]` is the squared distance of point i to the first `seen[i]` picks, an upper bound of that to all of them. A
+    point that has seen all picks and is not below any other's bound is what the plain algorithm would take.
+    """
+
+    def __init__(self, vectors, start, capacity):
+        n, d = vectors.shape
+        self.vectors = vectors
+        self.centre = _centre(vectors)  # (D,)
+        origin = vectors[start].float()
+        self.bound = torch.cat([(part.float() - origin).square_().sum(1) for part in vectors.split(TILE)])  # (N,)
+        if not (16 * self.bound.max()).isfinite():
+            raise ValueError("the vectors hold values that are not finite, or too large for float32 distances")
+        self.seen = torch.ones(n, dtype=torch.int64, device=vectors.device)
+        self.index = torch.empty(capacity, dtype=torch.int64, device=vectors.device)
+        self.picks = torch.empty(capacity, d, device=vectors.device)
+        self.count = 0
+
+    def rows(self, index):
+        return self.vectors[index].float() - self.centre  # (b, D)
+
+    def take(self, index):
+        """Choose the points `index` (b,), in this order."""
+        end = self.count + len(index)
+        self.index[self.count : end] = index
+        self.picks[self.count : end] = self.vectors[index]
+        self.bound[index] = -1  # below any distance: never taken twice
+        self.count = end
+
+    def farthest(self):
+        """Points (m,), their true squared distances (m,), what no other point exceeds; m = 0 once all are taken."""
+        while True:
+            bound, pool = self.bound.topk(min(POOL, len(self.bound)))
+            floor = bound[-1].clamp(min=0)
+            stale = pool[(self.seen[pool] < self.count) & (bound >= floor)]
+            stale = stale[self.seen[stale].argsort()]  # those that lack as many picks go together
+            for part in stale.split(POOL // 4) if len(stale) else ():
+                new = self.picks[int(self.seen[part].min()) : self.count]
+                square, _ = _search(self.rows(part), new, self.centre, 1)  # (b, 1)
+                self.bound[part] = self.bound[part].minimum(square[:, 0])
+                self.seen[part] = self.count
+            far = pool[self.bound[pool] >= floor]
+            if len(far) or self.count == len(self.bound):
+                return far, self.bound[far], floor
+
+    def run(self, k):
+        while self.count < k:
+            far, square, floor = self.farthest()
+            if not square.max():  # only copies of taken points are left
+                self.take((self.bound == 0).nonzero().flatten()[: k - self.count])
+            else:
+                self.take(far[_greedy(self.rows(far), square, floor, k - self.count)])
+
+    def radius(self):
+        square = self.farthest()[1]
+        return math.sqrt(square.max()) if len(square) else 0.0
+
+
+def _greedy(rows, square, floor, limit):
+    """The plain algorithm inside a pool, while its farthest point is not below the floor; (m, D), (m,) -> positions."""
+    norms = rows.square().sum(1)
+    if floor < CLOSE * norms.max():
+        rows, norms, square = rows.double(), norms.double(), square.double()
+    gram = _products(rows, rows).add_(norms[:, None])  # (m, m)
+    picks = []
+    while len(picks) < limit:
+        value, best = square.max(0)
+        if value < floor or value <= 0:
+            break
+        picks.append(int(best))
+        square = square.minimum(gram[picks[-1]])
+        square[picks[-1]] = -1
+    return torch.tensor(picks, device=rows.device)
+
+
+@torch.no_grad()
+def greedy_coreset(vectors, k, start=None, seed=0, project_to=None):
+    """Farthest-first traversal: k vectors, each the farthest from those before it, whose balls cover all others.
+
+    Up to float32 rounding the picks are those of the plain algorithm, which passes over all vectors for each pick; here
+    a distance is computed only once it may be the largest. The radius is at most twice the smallest possible.
+
+    Args:
+        vectors: (N, D), any floating dtype and device; never copied as a whole.
+        k: size of the coreset; from N on, all are taken. Copies of a taken vector come last.
+        start: index of the first pick; by default drawn from `seed`, which also seeds the projection.
+        project_to: choose in a random Gaussian projection to that many dimensions (128 in the official PatchCore).
+            @PROJECT@
+
+    Returns indices (k,) int64 in the order of picking, and the covering radius in the original space, a float. Raises
+    ValueError for no vectors, k below 1, a start that is no index, and values that are not finite.
+
+    Sources: Gonzalez, "Clustering to minimize the maximum intercluster distance", 1985; as a coreset Sener and
+    Savarese, ICLR 2018; for memory banks, projected, Roth et al., CVPR 2022, section 3.2.
+    """
+    n, d = vectors.shape
+    if n < 1 or k < 1 or not 0 <= (start or 0) < n:
+        raise ValueError(f"need k >= 1 and a start among the {n} vectors, not k = {k} and start = {start}")
+    generator = torch.Generator().manual_seed(seed)
+    if start is None:
+        start = int(torch.randint(n, (1,), generator=generator))
+    traversal = _Traversal(vectors, start, min(k, n))
+    if project_to is None:
+        traversal.take(torch.tensor([start], device=vectors.device))
+        traversal.run(min(k, n))
+    else:
+        matrix = torch.randn(d, project_to, generator=generator).to(vectors.device) / math.sqrt(project_to)
+        with _full_precision(vectors.device):
+            projected = torch.cat([part.float() @ matrix for part in vectors.split(TILE)])  # (N, project_to)
+        traversal.take(greedy_coreset(projected, k, start)[0])
+    return traversal.index, traversal.radius()
+
+
+class StreamingCoreset:
+    """A k-center coreset of a stream that is too long to hold, in memory that does not grow with it.
+
+    All vectors are candidates until the working set overflows. Then the greedy algorithm reduces them to half (not
+    below `size`), and tau becomes its covering radius. From then on a vector within tau of a candidate is dropped; the
+    next overflow reduces again. At the end the greedy algorithm picks `size` of them: exactly `greedy_coreset` of the
+    whole stream if it fits into the working set. Arrivals are worked off in chunks of 4,096, however `add` gets them.
+
+    Guarantee: each candidate carries how far a vector that it stands for may be: tau for dropped ones, and for an
+    absorbed candidate the distance to it plus what it carried. The largest is `radius_bound`.
+
+    At most `working_set` candidates are held, besides one chunk; the fewer, the faster and the coarser. `seed` draws
+    the greedy starts. Raises ValueError unless 1 <= size <= working_set.
+
+    Source: Charikar, Chekuri, Feder and Motwani, "Incremental clustering and dynamic information retrieval", 2004 (a
+    threshold that grows with each overflow; theirs doubles); for the greedy steps see `greedy_coreset`.
+    """
+
+    CHUNK = 2 * TILE
+    NUMBERS = ("size", "working_set", "seed", "count", "pending", "tau")
+    TENSORS = ("vectors", "sources", "reach", "hits")
+
+    def __init__(self, size, working_set, seed=0):
+        if not 1 <= size <= working_set:
+            raise ValueError(f"need 1 <= size <= working_set, not size = {size} and working_set = {working_set}")
+        self.size, self.working_set, self.seed = size, working_set, seed
+        self.count, self.pending = 0, 0  # candidates, and arrivals that are stored behind them
+        self.tau = -1.0  # below 0: nothing is dropped
+        self.vectors = None
+
+    def _hold(self, *tensors):
+        """Store vectors, sources, reach (how far a vector stood for may be) and hits, with room for a chunk more."""
+        rows = self.working_set + self.CHUNK
+        for name, x in zip(self.TENSORS, tensors, strict=True):
+            setattr(self, name, torch.cat([x, x.new_zeros(max(0, rows - len(x)), *x.shape[1:])]))
+
+    def _held(self):
+        return [getattr(self, name)[: self.count + self.pending] for name in self.TENSORS]
+
+    @torch.no_grad()
+    def add(self, vectors, source):
+        """Take in `vectors` (B, D) that came from `source` (B, T) int64, for example image, row and column."""
+        if len(vectors) != len(source):
+            raise ValueError(f"{len(vectors)} vectors, but {len(source)} sources")
+        if self.vectors is None:
+            none = vectors[:0].float()
+            self._hold(none, source[:0].to(none.device), none.sum(1), none.sum(1).long())
+        while len(vectors):
+            end, room = self.count + self.pending, self.CHUNK - self.pending
+            self.pending += len(vectors[:room])
+            self.vectors[end : self.count + self.pending] = vectors[:room]
+            self.sources[end : self.count + self.pending] = source[:room]
+            vectors, source = vectors[room:], source[room:]
+            if self.pending == self.CHUNK:
+                self._sieve()
+
+    def _sieve(self):
+        """Turn pending arrivals into candidates, except those within tau of another."""
+        first, last = self.count, self.count + self.pending
+        if self.tau >= 0 and self.pending:
+            keep = first + self._uncovered(self.vectors[first:last])
+            last = first + len(keep)
+            self.vectors[first:last] = self.vectors[keep]
+            self.sources[first:last] = self.sources[keep]
+        self.reach[first:last] = 0
+        self.hits[first:last] = 0
+        self.count, self.pending = last, 0
+        self._fit()
+
+    def _fit(self):
+        if self.count > self.working_set:
+            self._reduce(max(self.size, self.working_set // 2))
+
+    def _uncovered(self, arrivals):
+        """Which arrivals become candidates; (B, D) -> (b,). Candidates hit often come first: most rows leave early."""
+        centre = _centre(self.vectors[: self.count])
+        rows, limit = arrivals - centre, self.tau**2
+        norms = rows.square().sum(1)
+        if limit < CLOSE * norms.max():
+            rows, norms = rows.double(), norms.double()
+        alive = torch.arange(len(rows), device=rows.device)
+        for first in range(0, self.count, TILE // 2):
+            tile = self.vectors[first : min(first + TILE // 2, self.count)] - centre
+            square = _products(rows[alive], tile.to(rows))  # (b, T)
+            near = square.amin(1) + norms[alive] <= limit
+            hit = first + square[near].argmin(1)
+            self.hits.index_add_(0, hit, torch.ones_like(hit))
+            alive = alive[~near]
+            if not len(alive):
+                return alive
+        return alive[_greedy(rows[alive], torch.full_like(norms[alive], math.inf), limit, len(alive))]
+
+    def _reduce(self, k):
+        """Keep k candidates, which take over what the others stood for."""
+        vectors, sources, reach, hits = self._held()
+        index, radius = greedy_coreset(vectors, k, seed=self.seed)
+        distance, owner = (x[:, 0] for x in nearest(vectors, vectors[index]))  # (M,), (M,)
+        reach = torch.zeros_like(reach[index]).scatter_reduce_(0, owner, distance + reach.clamp(min=self.tau), "amax")
+        hits = torch.zeros_like(hits[index]).index_add_(0, owner, hits)
+        order = hits.argsort(descending=True, stable=True)
+        index, self.count, self.tau = index[order], len(index), radius
+        self._hold(vectors[index], sources[index], reach[order], hits[order])
+
+    @torch.no_grad()
+    def finish(self):
+        """The coreset, after the last `add`: vectors (k, D) in float32, sources (k, T). Raises ValueError if empty."""
+        if not self.count + self.pending:
+            raise ValueError("no vectors were added")
+        self._sieve()
+        self._reduce(self.size)
+        return self.vectors[: self.count].clone(), self.sources[: self.count].clone()
+
+    @property
+    def radius_bound(self):
+        """No vector seen is farther from a candidate, after `finish` from the coreset; 0.1 % is for rounding."""
+        return 1.001 * max(self.tau, float(self.reach[: self.count].max()) if self.count else 0.0)
+
+    @torch.no_grad()
+    def merge(self, other):
+        """Take over what `other`, from another part of the data, holds; `other` stays as it is."""
+        if other.vectors is None:
+            return
+        self.add(other.vectors[:0], other.sources[:0])  # makes room if this one is empty
+        self._sieve()
+        pairs = [torch.cat([a, b.to(a.device)]) for a, b in zip(self._held(), other._held(), strict=True)]
+        self.count, self.tau = len(pairs[0]), max(self.tau, other.tau)
+        self._hold(*pairs)
+        self._fit()
+
+    def state_dict(self):
+        """Tensors and plain numbers from which `load_state_dict` goes on bit for bit."""
+        numbers = {name: getattr(self, name) for name in self.NUMBERS}
+        tensors = self._held() if self.vectors is not None else []
+        return numbers | {name: x.clone() for name, x in zip(self.TENSORS, tensors, strict=False)}
+
+    def load_state_dict(self, state):
+        """Become the coreset that `state` was taken from; size, working set and seed included."""
+        self.vectors = None
+        for name in self.NUMBERS:
+            setattr(self, name, state[name])
+        if "vectors" in state:
+            self._hold(*(state[name] for name in self.TENSORS))
+
+
+@torch.no_grad()
+def nearest(queries, bank, k=1):
+    """The k nearest in `bank` (M, D) of each of `queries` (Q, D), exactly, in tiles of bounded size.
+
+    Returns Euclidean distances (Q, k) float32, ascending, and indices (Q, k) int64. A product finds the neighbours; the
+    distances then come from the differences, so that a copy is at 0. Raises ValueError unless 1 <= k <= M.
+    """
+    if not 1 <= k <= len(bank):
+        raise ValueError(f"k must be between 1 and the {len(bank)} vectors of the bank, not {k}")
+    centre = _centre(bank)
+    distances, indices = [], []
+    for part in queries.float().split(TILE):
+        index = _search(part - centre, bank, centre, k)[1]  # (q, k)
+        square = [(part - bank[column].float()).square_().sum(1) for column in index.T]
+        distance, order = torch.stack(square, 1).sqrt_().sort(dim=1, stable=True)
+        distances.append(distance)
+        indices.append(index.gather(1, order))
+    return torch.cat(distances), torch.cat(indices)
+
+
+def covering_radius(vectors, bank):
+    """Largest distance from one of `vectors` (N, D) to its nearest in `bank` (M, D), a float."""
+    return float(nearest(vectors, bank)[0].max())
