@@ -88,9 +88,7 @@ def load(folder: str | Path, build: Callable[[dict[str, Any]], "nn.Module"]) -> 
         with safe_open(path, framework="pt") as file:
             stored = {name: file.get_slice(name).get_shape() for name in file.keys()}
     except (SafetensorError, OSError) as error:
-        raise ZooError(
-            f"{path} is truncated or no safetensors file ({error}); fetch the model anew."
-        ) from error
+        raise ZooError(f"{path} is truncated or no safetensors file ({error}); fetch the model anew.") from error
     with torch.device("meta"):
         expected = {name: list(tensor.shape) for name, tensor in build(config).state_dict().items()}
     for name, shape in config["learned"].items():  # a size that is learned is 0 in an untrained module

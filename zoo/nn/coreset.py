@@ -38,14 +38,10 @@ def _centre(vectors):
 
 def _search(rows, bank, centre, k):
     """The k nearest in the bank (M, D) of centred rows (q, D): squared distances (q, k) and indices (q, k)."""
-    values, indices = [], []
+    value, index = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
     for first in range(0, len(bank), TILE):
         tile = (bank[first : first + TILE].float() - centre).to(rows)
-        value, index = _products(rows, tile).topk(min(k, len(tile)), largest=False)
-        values.append(value)
-        indices.append(index + first)
-    value, best = torch.cat(values, 1).topk(k, largest=False)
-    index = torch.cat(indices, 1).gather(1, best)
+        value, index = _best(value, index, _products(rows, tile), first, k)
     norms = rows.square().sum(1, keepdim=True)  # (q, 1)
     square = value + norms
     if rows.dtype == torch.float64:
@@ -55,6 +51,19 @@ def _search(rows, bank, centre, k):
         again, index[close] = _search(rows[close].double(), bank, centre, k)
         square[close] = again.float()
     return square, index
+
+
+def _best(value, index, products, first, k):
+    """The k smallest (q, k) of `value` (q, m), found at `index`, and of the products (q, T) of a tile from `first`."""
+    if k > 1 or not value.numel():
+        near, where = products.topk(min(k, products.shape[1]), largest=False)
+        value, best = torch.cat([value, near], 1).sort(dim=1, stable=True)
+        return value[:, :k], torch.cat([index, where + first], 1).gather(1, best[:, :k])
+    near = products.amin(1)  # the place of a minimum costs far more than its value: ask only where it wins
+    wins = (near < value[:, 0]).nonzero().flatten()
+    value[wins, 0] = near[wins]
+    index[wins, 0] = first + products[wins].argmin(1)
+    return value, index
 
 
 class _Traversal:
