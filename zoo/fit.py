@@ -26,6 +26,7 @@ from zoo.nn.features import weights_at_hand
 from zoo.run import RunOptions, device_of
 
 PIXEL_QUANTILE = 0.999
+PIXEL_SHIFT = 7  # bits of a pixel's score that its quantiles do without: exact to 2^-16 of the value, in a small table
 
 
 @dataclass
@@ -185,7 +186,7 @@ def calibrate_on_heldout(
     """Give a model the default thresholds of held-out normals; returns their names and scores (none: no threshold)."""
     model.to(device)
     heldout: list[tuple[str, float]] = []
-    tables, shift = [torch.zeros(0, 4, dtype=torch.int64, device=device)], 0  # of all pixels, in bounded memory
+    tables, shift = [torch.zeros(0, 4, dtype=torch.int64, device=device)], PIXEL_SHIFT
     for groups in module.holdout_dataloader():
         for part in groups:
             with model.autocast():
