@@ -133,6 +133,31 @@ def test_failed_save_changes_nothing(folder, fitted, monkeypatch):
     assert {p: p.read_bytes() for p in folder.parent.rglob("*") if p.is_file()} == before
 
 
+def test_old_model_comes_back_when_the_new_one_cannot_take_its_place(folder, fitted, monkeypatch):
+    from pathlib import Path
+
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    rename = Path.rename
+
+    def fail_once(self, target):
+        if Path(target) == folder and self.suffix != ".old":
+            raise OSError("the disk is gone")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(ZooError, match="nothing was changed"):
+        fitted[0].save_pretrained(folder)
+    assert {p: p.read_bytes() for p in folder.parent.rglob("*") if p.is_file()} == before
+
+
+def test_place_is_checked_before_the_fit(mvtec, monkeypatch):
+    model_place("taken").mkdir(parents=True)
+    (model_place("taken") / "thesis.txt").write_text("years of work")
+    monkeypatch.setattr("zoo.fit.create_model", None)  # it is never reached
+    with pytest.raises(ZooError, match="no model of the zoo"):
+        fit("padim", str(mvtec), "taken", "lite")
+
+
 def test_something_else_is_not_replaced(fitted, tmp_path):
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter1.txt").write_text("years of work")
@@ -151,7 +176,7 @@ def test_no_path_of_this_machine_is_stored(mvtec, tmp_path):
     model, record = fit("padim", str(mvtec), preset="lite", arguments=arguments)
     folder = model.save_pretrained(tmp_path / "m", record)
     published = b"".join(p.read_bytes() for p in folder.iterdir() if p.is_file())
-    assert b"secret-place" not in published and b"lite0.safetensors" in published
+    assert b"secret-place" not in published and b"lite0.safetensors" not in published
     weights.unlink()
     assert from_pretrained(folder).features.source["sha256"] == model.features.source["sha256"]
 

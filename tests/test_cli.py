@@ -41,6 +41,11 @@ def model(mvtec):
         (["fit", "padim", "--data", "synthetic", "--name", "a", "--dim", "3"], "did you mean --dims"),
         (["fit", "padim", "--data", "synthetic", "--name", "a", "--dims", "many"], "--dims"),
         (["fit", "padim", "--data", "synthetic", "--name", "a", "--device", "tpu"], "--device"),
+        (["fit", "padim", "--preset", "lite", "--data", "synthetic", "--name", "a", "--seed", "-1"], "--seed"),
+        (["fit", "padim", "--preset", "lite", "--data", "synthetic", "--name", "a", "--sigma", "0"], "--sigma"),
+        (["fit", "padim", "--preset", "lite", "--data", "synthetic", "--name", "a", "--layers", "[]"], "Layers"),
+        (["fit", "padim", "--preset", "lite", "--data", "synthetic", "--name", "a", "--num-workers", "-1"], "--num-w"),
+        (["fit", "--name", "padim", "--data", "synthetic", "patchcore"], "method first"),
         (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["evaluate", "nobody", "--data", "synthetic"], "zoo fit METHOD"),
         (["predict", "nobody", "x.png", "--out", "o"], "zoo fit METHOD"),
@@ -137,6 +142,15 @@ def test_predict_names_a_broken_image(model, mvtec, tmp_path, capsys):
     assert len((tmp_path / "out/predictions.csv").read_text().splitlines()) == 2  # what was done is kept
     assert run("predict", "m", folder, "--out", tmp_path / "out2", "--skip-broken") == 0
     assert len((tmp_path / "out2/predictions.csv").read_text().splitlines()) == 3
+
+
+def test_predict_leaves_its_own_results_out(model, mvtec, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    (folder / "a.png").write_bytes(next((mvtec / "test/good").iterdir()).read_bytes())
+    for _ in range(2):
+        assert run("predict", "m", folder, "--out", folder / "results") == 0
+        assert len((folder / "results/predictions.csv").read_text().splitlines()) == 2
 
 
 def test_results_of_equal_names_stay_apart(model, mvtec, tmp_path):

@@ -87,8 +87,9 @@ def test_default_threshold_and_p_value(n):
     rng = np.random.default_rng(n)
     scores = rng.normal(size=n)
     found = default_calibration(scores.tolist(), 1.0, [0.0, 2.0])
-    assert np.mean(scores > found.image_threshold) <= 0.01
-    assert np.mean(scores >= found.image_threshold) > 0 and found.image_threshold in scores
+    assert np.mean(scores >= found.image_threshold) <= 0.01
+    assert np.sum(scores >= found.image_threshold) == n // 100
+    assert np.nextafter(found.image_threshold, -np.inf) in scores
     for s in (-9.0, 0.0, 9.0, scores[0]):
         assert found.p_value(s) == (1 + np.sum(scores >= s)) / (n + 1)
 
@@ -135,3 +136,52 @@ def test_bfloat16_features_finish_in_float32(mvtec):
     assert model.config()["precision"] == "bf16-mixed"
     prediction = model.predict(np.full((64, 64), 90, np.uint8))
     assert np.isfinite(prediction.score) and prediction.map.dtype == np.float32
+
+
+def test_tensors_are_checked_as_files_are(model):
+    good = torch.rand(1, 64, 64)
+    for wrong in (good * 255, good.masked_fill(good > 0.99, torch.nan)):
+        with pytest.raises(ZooError):
+            model.predict(wrong)
+
+
+def test_float_file_without_scale_is_named(model, tmp_path):
+    import tifffile
+
+    tifffile.imwrite(tmp_path / "wafer.tif", np.full((64, 64), 4000, np.float32))
+    with pytest.raises(ZooError, match="wafer.tif"):
+        model.predict(tmp_path / "wafer.tif")
+
+
+def test_preset_original_is_evaluated_as_it_was_fitted(mvtec, tmp_path):
+    from zoo.fit import evaluate
+
+    model, record = fit(
+        "padim", str(mvtec), "parity", "lite", {"input_size": 64, "dims": 10}, {"resize": 96, "crop": 64}
+    )
+    assert evaluate(zoo.from_pretrained("parity"), str(mvtec), record)["eval_size"] == [64, 64]
+    with pytest.raises(ZooError, match="cropped"):
+        model.predict(np.zeros((96, 96), np.uint8))
+    with pytest.raises(ZooError, match="crop of 200"):
+        fit("padim", str(mvtec), None, "lite", {"input_size": 64, "dims": 10}, {"crop": 200})
+
+
+def test_a_pass_that_was_cut_is_not_resumed_silently(mvtec, tmp_path):
+    import lightning as L
+
+    from zoo.data import load_data
+    from zoo.data.datamodule import AnomalyDataModule
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            if module.observed == 2:
+                trainer.save_checkpoint(tmp_path / "cut.ckpt")
+
+    def trainer(*callbacks):
+        options = dict(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False)
+        return L.Trainer(**options, enable_checkpointing=False, callbacks=list(callbacks))
+
+    data = AnomalyDataModule(load_data(str(mvtec)), batch_size=4)
+    trainer(Stop()).fit(zoo.create_model("padim", "lite", input_size=64, dims=10), datamodule=data)
+    with pytest.raises(ZooError, match="middle of the pass"):
+        trainer().fit(zoo.create_model("padim", "lite", input_size=64, dims=10), data, ckpt_path=tmp_path / "cut.ckpt")

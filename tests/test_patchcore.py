@@ -105,7 +105,7 @@ def test_announced_memory_is_what_is_held():
     model = create_model("patchcore", "lite", input_size=64, coreset_ratio=0.1)
     assert model.estimate_memory(100) == 100 * 64 * (152 * 4 + 24)
     bounded = create_model("patchcore", "lite", input_size=64, bank_size=50)
-    assert bounded.estimate_memory(100) == bounded.estimate_memory(10**6) == 200 * (152 * 4 + 24)
+    assert bounded.estimate_memory(100) == bounded.estimate_memory(10**6) == (200 + 4096) * (152 * 4 + 24)
 
 
 def test_training_images_score_lower_than_others():

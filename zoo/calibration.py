@@ -1,5 +1,6 @@
 """From the scores of held-out normal images to thresholds, verdicts and p-values."""
 
+import math
 from bisect import bisect_left
 from dataclasses import asdict, dataclass
 
@@ -31,9 +32,9 @@ class Calibration:
 
 
 def default_calibration(scores: list[float], pixel_quantile: float, pixel_range: list[float]) -> Calibration:
-    """Thresholds of a fit, not calibrated: the smallest held-out score above which at most 1 % of them lie.
+    """Thresholds of a fit, not calibrated: at most 1 % of the held-out images reach the image threshold.
 
-    Below 100 held-out images that is their maximum.
+    Below 100 held-out images none does: it lies just above their maximum.
     """
     scores = sorted(scores)
-    return Calibration(scores, scores[-1 - len(scores) // 100], pixel_quantile, pixel_range)
+    return Calibration(scores, math.nextafter(scores[-1 - len(scores) // 100], math.inf), pixel_quantile, pixel_range)

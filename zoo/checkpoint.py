@@ -48,8 +48,7 @@ def save(folder: str | Path, module: "nn.Module", config: dict[str, Any], extra:
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ZooError(f"{folder} exists and is no model of the zoo; choose another name or move it away.")
+    check_place(folder)
     state = {name: tensor.detach().contiguous() for name, tensor in module.state_dict().items()}
     with replacing(folder) as temporary:
         save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
@@ -63,6 +62,22 @@ def save(folder: str | Path, module: "nn.Module", config: dict[str, Any], extra:
             (temporary / name).write_text(text, encoding="utf-8")
         (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode)  # safetensors writes for its owner alone
     return folder
+
+
+def check_place(folder: Path) -> None:
+    """Whether a model may be written there, before the work is done.
+
+    Raises:
+        ZooError: something else than a model lies there, or its parent can't be written.
+    """
+    if folder.exists() and not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ZooError(f"{folder} exists and is no model of the zoo; choose another name or move it away.")
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ZooError(f"{folder.parent} can't be written ({error}); set ZOO_HOME to another place.") from error
+    if not os.access(folder.parent, os.W_OK):
+        raise ZooError(f"{folder.parent} can't be written; set ZOO_HOME to another place.")
 
 
 def load(folder: str | Path, build: Callable[[dict[str, Any]], "nn.Module"]) -> "tuple[nn.Module, dict]":
@@ -150,15 +165,18 @@ def dump(value: Any) -> str:
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A temporary folder that takes the place of `folder` when the block succeeds, and vanishes when it fails."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}")
-    temporary.mkdir()
+    old = temporary.with_name(f"{temporary.name}.old")
     try:
+        temporary.mkdir(parents=True)
         yield temporary
-        old = temporary.with_name(f"{temporary.name}.old")
         if folder.exists():
             folder.rename(old)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise ZooError(f"{folder} could not be written ({error}); nothing was changed.") from error
@@ -168,9 +186,9 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:

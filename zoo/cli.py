@@ -112,8 +112,6 @@ def fit(argv: list[str]) -> None:
     of_data = sections.get("data", {})
     _data_options(parser, of_data)
     parser.add_argument("--train-fraction", type=float, default=of_data.get("train_fraction", 1.0), help="share of it")
-    parser.add_argument("--resize", type=int | None, default=of_data.get("resize"), help="resize images first")
-    parser.add_argument("--crop", type=int | None, default=of_data.get("crop"), help="then cut out the centre")
     _run_options(parser)
     own = signature(method) if method else {}
     for name, option in own.items():
@@ -122,6 +120,8 @@ def fit(argv: list[str]) -> None:
     options = _parse(parser, argv)
     if not options.method:
         raise ZooError(f"zoo fit needs a method: {', '.join(list_methods())}.")
+    if method_id(options.method) != method:  # an option's value was taken for it
+        raise ZooError(f"Put the method first: zoo fit {options.method} --data DATA --name NAME.")
     for needed in ("data", "name"):
         if not options[needed]:
             raise ZooError(f"zoo fit needs --{needed}: zoo fit {method} --data DATA --name NAME.")
@@ -131,7 +131,7 @@ def fit(argv: list[str]) -> None:
     from zoo.fit import fit as run
 
     arguments = {name: options[name] for name in own}
-    data_options = {k: options[k] for k in ("train_fraction", "resize", "crop")} | _data_values(options)
+    data_options = {"train_fraction": options.train_fraction} | _data_values(options)
     _, record = run(method, options.data, options.name, options.preset, arguments, data_options, _run(options))
     print(
         f"Saved {options.name} in {hub.model_place(options.name)} "
@@ -177,7 +177,9 @@ def predict(argv: list[str]) -> None:
     if not options.out:
         raise ZooError(f"zoo predict needs --out: zoo predict {options.name} PATH --out DIR.")
 
-    images = find_images(options.paths)
+    if options.batch_size < 1:
+        raise ZooError(f"--batch-size is at least 1, not {options.batch_size}.")
+    images = find_images(options.paths, Path(options.out))
     model = hub.from_pretrained(folder)
     rows = predict_files(
         model, images, Path(options.out), options.batch_size, options.skip_broken, _run(options, model.precision)
@@ -217,7 +219,7 @@ def _data_values(options: Any) -> dict[str, Any]:
 
 
 def _run_options(parser: Any, precision: str | None = "32-true") -> None:
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", type=Precision | None, default=precision, help="null: as the model was fitted")
 
 
@@ -234,8 +236,8 @@ def _parse(parser: Any, argv: list[str]) -> Any:
     except (ArgumentError, TypeError) as error:
         raise ZooError(_one_sentence(str(error), parser)) from error
     device = options.get("device", "auto")
-    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", device):
-        raise ZooError(f"--device is auto, cpu, cuda, cuda:N or mps, not {device}.")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ZooError(f"--device is auto, cpu, cuda or cuda:N, not {device}.")
     return options
 
 

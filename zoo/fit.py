@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from datasets import DatasetDict
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from zoo import checkpoint, hub, record
@@ -87,6 +88,8 @@ def fit(
     run, arguments = run or RunOptions(), arguments or {}
     method = method_id(method)
     place = hub.model_place(name) if name is not None else None
+    if place is not None:
+        checkpoint.check_place(place)
     preset = choose_preset(method, preset, arguments)
     spec = check_data(data)
     if not spec.counts["train"][0]:
@@ -94,7 +97,8 @@ def fit(
     model = create_model(method, preset, **arguments)
     model.precision = run.precision
     options = DataOptions(**(presets(method, preset).get("data", {}) | (data_options or {})))
-    module = AnomalyDataModule(load_data(spec), input_size=model.size, seed=model.hparams.seed, **asdict(options))
+    model.view = {"resize": options.resize, "crop": options.crop}
+    module = AnomalyDataModule(_only("train", spec), input_size=model.size, seed=model.hparams.seed, **asdict(options))
     _announce(model, module, run)
     start = time.perf_counter()
     with _quiet():
@@ -118,7 +122,7 @@ def fit(
     private = {"heldout.csv": checkpoint.csv_text(["image", "score"], heldout)}
     if module.broken:
         private["broken.csv"] = checkpoint.csv_text(["image", "reason"], module.broken)
-        run.say(f"Left out {len(module.broken)} broken images: {', '.join(name for name, _ in module.broken[:5])}")
+    _say_broken(module, run)
     if place is not None:
         model.save_pretrained(place, result, private)
     return model, result
@@ -152,22 +156,26 @@ def evaluate(
     if not all(spec.counts["test"]):
         missing = "normal" if not spec.counts["test"][0] else "anomalous"
         raise ZooError(f"--data {data} has no {missing} test images; metrics need both classes.")
-    of_preset = presets(model.method, model.preset).get("data", {}) if model.preset else {}
-    options = DataOptions(**({k: v for k, v in of_preset.items() if k in ("resize", "crop")} | (data_options or {})))
-    module = AnomalyDataModule(load_data(spec), input_size=model.size, **asdict(options))
+    options = DataOptions(**(model.view | (data_options or {})))
+    module = AnomalyDataModule(_only("test", spec), input_size=model.size, **asdict(options))
     start = time.perf_counter()
     with _quiet():
         trainer = _trainer(run)
         (metrics,) = trainer.test(model, datamodule=module, verbose=False)
-    normal, anomalous = spec.counts["test"]
+    anomalous = sum(label for _, label, _ in model.scored)
+    _say_broken(module, run)
     return result | {
         "method": model.method,
         "metrics": {key: round(value, 6) for key, value in metrics.items()},
-        "test_data": _described(spec) | {"normal": normal, "anomalous": anomalous, "broken": len(module.broken)},
-        "eval_size": [options.crop, options.crop] if options.crop else "native",
-        "seconds": result.get("seconds", {}) | {"evaluate": round(time.perf_counter() - start, 2)},
-        "peak_memory_mb": record.peak_memory_mb(),
-        **record.environment(trainer.strategy.root_device),
+        "test_data": _described(spec)
+        | {"normal": len(model.scored) - anomalous, "anomalous": anomalous, "broken": len(module.broken)},
+        "eval_size": [side, side] if (side := options.crop or options.resize) else "native",
+        "evaluation": {
+            "seconds": round(time.perf_counter() - start, 2),
+            "peak_memory_mb": record.peak_memory_mb(),
+            "precision": run.precision,
+            **record.environment(trainer.strategy.root_device),
+        },
     }
 
 
@@ -204,6 +212,16 @@ def _quantiles(table: torch.Tensor, shares: Sequence[float]) -> list[float]:
     below = table[:, 1].cumsum(0)  # (n,)
     ranks = torch.tensor([math.ceil(share * int(below[-1])) for share in shares], device=table.device)
     return [ranking.key_score(key) for key in table[torch.searchsorted(below, ranks), 0].tolist()]
+
+
+def _only(split: str, spec: DataSpec) -> DatasetDict:
+    """The data set with the other split empty: it is neither opened nor checked."""
+    return DatasetDict({k: v if k == split else v.select([]) for k, v in load_data(spec).items()})
+
+
+def _say_broken(module: AnomalyDataModule, run: RunOptions) -> None:
+    for name, reason in module.broken:
+        run.say(f"Left out {name}: {reason}")
 
 
 def _described(spec: DataSpec) -> dict[str, Any]:

@@ -102,11 +102,12 @@ def read_mask(source: str | os.PathLike | bytes | dict | PIL.Image.Image | np.nd
     return image > half
 
 
-def to_tensor(array: np.ndarray) -> torch.Tensor:
+def to_tensor(array: np.ndarray, name: object = None) -> torch.Tensor:
     """Scale a decoded image to [0, 1] by the full scale of its type: uint8 / 255, uint16 / 65535.
 
     Args:
         array: (H, W) or (H, W, 3), uint8, uint16 or float32, as `read_image` returns it.
+        name: what an error calls the image.
 
     Returns:
         float32 (1, H, W) or (3, H, W).
@@ -120,11 +121,13 @@ def to_tensor(array: np.ndarray) -> torch.Tensor:
     if array.dtype == np.uint8 or array.dtype == np.uint16:
         array = array.astype(np.float32) / np.float32(np.iinfo(array.dtype).max)
     elif array.dtype != np.float32:
-        raise ZooError(f"the image has type {array.dtype}; convert it to uint8, uint16 or float32 in [0, 1]")
+        raise ZooError(
+            f"{name or 'the image'} has type {array.dtype}; convert it to uint8, uint16 or float32 in [0, 1]"
+        )
     elif array.size and not (array.min() >= 0 and array.max() <= 1):
         raise ZooError(
-            f"the float image has values from {array.min():g} to {array.max():g} and no known full scale; divide all "
-            "images by one fixed constant so that they lie in [0, 1], or save them as 16-bit"
+            f"{name or 'the float image'} has float values from {array.min():g} to {array.max():g} and no known "
+            "full scale; divide all images by one fixed constant so that they lie in [0, 1], or save them as 16-bit"
         )
     channels = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)  # (C, H, W)
     return torch.from_numpy(np.array(channels, dtype=np.float32, order="C"))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from zoo import checkpoint
 from zoo.errors import ZooError
-from zoo.image import EXTENSIONS, read_image
+from zoo.image import EXTENSIONS, read_image, to_tensor
 from zoo.run import RunOptions, device_of
 
 if TYPE_CHECKING:  # imported on use: paths are checked before torch is loaded
@@ -15,8 +15,10 @@ if TYPE_CHECKING:  # imported on use: paths are checked before torch is loaded
 COLUMNS = ("image", "score", "p_value", "is_anomalous", "verdict", "heatmap", "mask")
 
 
-def find_images(paths: Sequence[str | Path]) -> dict[str, Path]:
+def find_images(paths: Sequence[str | Path], out: Path) -> dict[str, Path]:
     """Files, and all images below folders, by the name, relative and unique, that their results get.
+
+    Hidden files and folders are left out, and so is `out`, where earlier results may lie.
 
     Raises:
         ZooError: a path that doesn't exist, or no image at all.
@@ -24,7 +26,8 @@ def find_images(paths: Sequence[str | Path]) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            files = sorted(f for f in path.rglob("*") if f.suffix.lower() in EXTENSIONS and not f.name.startswith("."))
+            files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in EXTENSIONS and out not in f.parents]
+            files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)]
             if not files:
                 raise ZooError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}).")
             named = [(file.relative_to(path), file) for file in files]
@@ -69,15 +72,17 @@ def predict_files(
     chunks = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
     try:
         for chunk in track(chunks, "Scoring", disable=not run.progress):
-            arrays = {}
+            arrays, inputs = {}, []
             for name in chunk:
                 try:
-                    arrays[name] = read_image(images[name])
+                    array = read_image(images[name])
+                    inputs.append(to_tensor(array, images[name]))
+                    arrays[name] = array
                 except ZooError as error:
                     if not skip_broken:
                         raise
                     run.say(f"Left out: {error}")
-            for (name, array), prediction in zip(arrays.items(), model.predict(list(arrays.values())), strict=True):
+            for (name, array), prediction in zip(arrays.items(), model.predict(inputs), strict=True):
                 row = {"image": str(images[name]), "score": prediction.score, "p_value": prediction.p_value}
                 row |= {"is_anomalous": prediction.is_anomalous, "verdict": prediction.verdict}
                 row |= {"heatmap": f"heatmaps/{name}.png", "mask": None}

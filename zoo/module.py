@@ -68,8 +68,10 @@ class AnomalyModule(L.LightningModule):
     method: ClassVar[str]
     channels: ClassVar[int] = 3  # what the network takes; grey is repeated, colour is averaged
 
-    def __init__(self, input_size: int | list[int]):
+    def __init__(self, input_size: int | list[int], seed: int):
         super().__init__()
+        if seed < 0:
+            raise ZooError(f"--seed is at least 0, not {seed}.")
         self.size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
         if len(self.size) != 2 or min(self.size) < 32:
             raise ZooError(f"--input-size is one number or [height, width] of at least 32 pixels, not {input_size}.")
@@ -77,6 +79,8 @@ class AnomalyModule(L.LightningModule):
         self.num_train_images = 0
         self.calibration: Calibration | None = None
         self.preset: str | None = None
+        self.view: dict[str, int | None] = {"resize": None, "crop": None}  # of the data module, in preset original
+        self.observed = 0  # batches of an unfinished pass
         self.precision = "32-true"
         self.metrics = AnomalyMetrics()
         self.scored: list[tuple[str, int, float]] = []  # (name, label, score) of the last validation or test
@@ -96,6 +100,7 @@ class AnomalyModule(L.LightningModule):
     def training_step(self, batch: Batch, index: int) -> Tensor | None:
         with torch.no_grad():
             self.observe(batch)
+        self.observed += 1
         return None
 
     def configure_optimizers(self) -> Any:
@@ -108,6 +113,7 @@ class AnomalyModule(L.LightningModule):
         if hasattr(self, "observe"):
             with torch.no_grad():
                 self.finish()
+            self.observed = 0
 
     def fit_state(self) -> dict[str, Any]:
         """What `observe` has gathered so far: tensors and plain values for a Lightning checkpoint, not for a model."""
@@ -118,9 +124,12 @@ class AnomalyModule(L.LightningModule):
 
     def on_save_checkpoint(self, ckpt: dict[str, Any]) -> None:
         ckpt["fit_state"] = self.fit_state()
+        ckpt["observed"] = self.observed
 
     def on_load_checkpoint(self, ckpt: dict[str, Any]) -> None:
-        self.load_fit_state(ckpt.get("fit_state", {}))
+        if ckpt["observed"] and self._trainer is not None:
+            raise ZooError("This checkpoint was taken in the middle of the pass over the data; start the fit again.")
+        self.load_fit_state(ckpt["fit_state"])
 
     # ---- validation and test -----------------------------------------------------------------------------------------
 
@@ -158,8 +167,10 @@ class AnomalyModule(L.LightningModule):
             batch_size: images of equal size that go through the network at once.
 
         Raises:
-            ZooError: an image that can't be read, named.
+            ZooError: an image that can't be read, named; a model that knows cropped images only (preset original).
         """
+        if self.view["crop"]:
+            raise ZooError("This model was fitted on cropped images, for parity runs; fit it with another preset.")
         if not _is_many(images):
             return self.predict([images])[0]
         was_training = self.training
@@ -227,7 +238,8 @@ class AnomalyModule(L.LightningModule):
                 "channels": self.channels,
                 "mean": list(self.mean),
                 "std": list(self.std),
-                "resize": "bilinear, antialias",
+                "interpolation": "bilinear, antialias",
+                **self.view,
             },
             "precision": self.precision,
             "calibration": self.calibration.to_dict() if self.calibration else None,
@@ -237,6 +249,7 @@ class AnomalyModule(L.LightningModule):
     def take_config(self, config: dict[str, Any]) -> None:
         """Take up what `config` gave, after the weights are loaded."""
         self.preset, self.precision = config["preset"], config["precision"]
+        self.view = {key: config["preprocessing"][key] for key in ("resize", "crop")}
         self.calibration = Calibration(**config["calibration"]) if config["calibration"] else None
         if hasattr(self, "features"):
             self.features.source = config["backbone"]
@@ -281,9 +294,10 @@ def _is_many(images: Any) -> bool:
 def _as_image(source: Any) -> Tensor:
     """Any one image -> float (1 or 3, H, W) in [0, 1]."""
     if not isinstance(source, Tensor):
-        return to_tensor(read_image(source))
+        return to_tensor(read_image(source), source if isinstance(source, str | Path) else None)
     if source.ndim == 2:
         source = source[None]
     if source.ndim != 3 or source.shape[0] not in (1, 3):
         raise ZooError(f"An image tensor has shape (1 or 3, H, W), not {tuple(source.shape)}.")
-    return source.float() if source.is_floating_point() else to_tensor(source.movedim(0, -1).cpu().numpy())
+    source = source.detach().float() if source.is_floating_point() else source
+    return to_tensor(read_image(source.movedim(0, -1).cpu().numpy()))

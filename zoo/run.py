@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # imported on use
 
 @dataclass
 class RunOptions:
-    """Device (`auto`, `cpu`, `mps`, `cuda`, `cuda:N`), Lightning's precision, a progress bar or not, who is told."""
+    """Device (`auto`, `cpu`, `cuda`, `cuda:N`), Lightning's precision, a progress bar or not, who is told."""
 
     device: str = "auto"
     precision: str = "32-true"
@@ -29,9 +29,9 @@ def device_of(name: str) -> "torch.device":
     import torch
 
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"  # no float64 on mps, which distances need
     kind, _, index = name.partition(":")
-    count = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}.get(kind, 1)
+    count = torch.cuda.device_count() if kind == "cuda" else 1
     if int(index or 0) >= count:
         raise ZooError(f"--device {name}: this machine has {count} of {kind}; take --device auto or cpu.")
     return torch.device(name)

@@ -53,8 +53,8 @@ class AnomalyDataModule(L.LightningDataModule):
         super().__init__()
         if not 0 < train_fraction <= 1:
             raise ZooError(f"--train-fraction lies in (0, 1], not {train_fraction}.")
-        if batch_size < 1:
-            raise ZooError(f"--batch-size is at least 1, not {batch_size}.")
+        if batch_size < 1 or (num_workers or 0) < 0:
+            raise ZooError("--batch-size is at least 1 and --num-workers at least 0.")
         self.input_size, self.batch_size, self.seed = input_size, batch_size, seed
         self.num_workers = (4 if torch.cuda.is_available() else 0) if num_workers is None else num_workers
         self.resize, self.crop = resize, crop
@@ -162,7 +162,7 @@ class _Images(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> Batch:
         row = self.dataset[index]
-        image = to_tensor(read_image(row["image"]))[None]  # (1, C, H, W)
+        image = to_tensor(read_image(row["image"]), row["path"])[None]  # (1, C, H, W)
         mask = None if row["mask"] is None else torch.from_numpy(read_mask(row["mask"]))[None, None]  # (1, 1, H, W)
         if mask is not None and mask.shape[-2:] != image.shape[-2:]:
             sizes = f"{tuple(mask.shape[-2:])} against {tuple(image.shape[-2:])}"
@@ -205,6 +205,8 @@ def _grey_to_colour(item: Batch) -> Batch:
 
 def _center_crop(images: Tensor, size: int) -> Tensor:
     """The central square of (1, C, H, W)."""
+    if size > min(images.shape[-2:]):
+        raise ZooError(f"A crop of {size} pixels doesn't fit into an image of {tuple(images.shape[-2:])}.")
     top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
     return images[..., top : top + size, left : left + size]
 

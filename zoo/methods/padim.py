@@ -60,13 +60,13 @@ class PaDiM(AnomalyModule):
         sigma: float = 4.0,
         seed: int = 1024,
     ):
-        super().__init__(input_size)
+        super().__init__(input_size, seed)
         self.save_hyperparameters()
         self.features = FeatureExtractor(backbone, (4, 8, 16), layers, backbone_weights)
         self.mean, self.std = self.features.mean, self.features.std
         total = sum(self.features.channels)
-        if dims < 1:
-            raise ZooError(f"--dims is at least 1, not {dims}.")
+        if dims < 1 or min(ridge, sigma) <= 0:
+            raise ZooError("--dims is at least 1, --ridge and --sigma are above 0.")
         self.dims = min(dims, total)
         if self.dims < dims:
             log.warning("--dims %d is capped at %d, the channels of %s.", dims, total, backbone)

@@ -74,7 +74,7 @@ class PatchCore(AnomalyModule):
         sigma: float = 4.0,
         seed: int = 0,
     ):
-        super().__init__(input_size)
+        super().__init__(input_size, seed)
         self.save_hyperparameters()
         if coreset_ratio is not None and not 0 < coreset_ratio <= 1:
             raise ZooError(f"--coreset-ratio lies in (0, 1], not {coreset_ratio}.")
@@ -82,6 +82,8 @@ class PatchCore(AnomalyModule):
             raise ZooError("--project-to needs --coreset-ratio: the bank of fixed size is chosen without projection.")
         if min(bank_size, neighbours, reweight_neighbours) < 1 or working_set < 2:
             raise ZooError("--bank-size and the numbers of neighbours are at least 1, --working-set at least 2.")
+        if sigma <= 0 or (project_to is not None and project_to < 1):
+            raise ZooError("--sigma is above 0 and --project-to at least 1.")
         self.features = FeatureExtractor(backbone, (8, 16), layers, backbone_weights)
         self.mean, self.std = self.features.mean, self.features.std
         self.width = 1024 if embedding == "official" else sum(self.features.channels)
@@ -125,13 +127,23 @@ class PatchCore(AnomalyModule):
         if self.hparams.coreset_ratio is None:
             self.bank, source = self.stream.finish()
         else:
-            vectors, source = (torch.cat(part) for part in zip(*self.kept, strict=True))
+            vectors, source = self._joined()
             size = max(1, round(self.hparams.coreset_ratio * len(vectors)))
             chosen, _ = greedy_coreset(vectors, size, seed=self.hparams.seed, project_to=self.hparams.project_to)
             self.bank, source = vectors[chosen], source[chosen]
         self.origin = [(self.names[image], row, column) for image, row, column in source.tolist()]
         self.names, self.kept = [], []
         self.stream = StreamingCoreset(self.stream.size, self.stream.working_set, self.hparams.seed)
+
+    def _joined(self) -> tuple[Tensor, Tensor]:
+        """All vectors (N, D) and sources (N, 3), each part freed as it is copied."""
+        count, (vectors, source) = sum(len(part) for part, _ in self.kept), self.kept[0]
+        vectors, source = vectors.new_empty(count, vectors.shape[1]), source.new_empty(count, source.shape[1])
+        while self.kept:
+            part, origin = self.kept.pop()
+            vectors[count - len(part) : count], source[count - len(part) : count] = part, origin
+            count -= len(part)
+        return vectors, source
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
         maps = self.embed(images)
@@ -161,7 +173,7 @@ class PatchCore(AnomalyModule):
     def estimate_memory(self, num_images: int) -> int:
         stride = self.features.strides[0]
         patches = num_images * (self.size[0] // stride) * (self.size[1] // stride)
-        held = patches if self.hparams.coreset_ratio is not None else min(patches, self.stream.working_set)
+        held = patches if self.hparams.coreset_ratio is not None else self.stream.working_set + self.stream.CHUNK
         return held * (4 * self.width + 24)
 
     def fit_state(self) -> dict[str, Any]:

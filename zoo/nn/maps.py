@@ -8,9 +8,9 @@ from torch import Tensor
 def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
     """Smooth maps (B, 1, H, W) as `scipy.ndimage.gaussian_filter` does: truncated at 4 sigma, edge pixels mirrored."""
     radius = int(4 * sigma + 0.5)
-    x = torch.arange(-radius, radius + 1, device=maps.device, dtype=torch.float64)
+    x = torch.arange(-radius, radius + 1, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (x / sigma) ** 2)
-    kernel = (kernel / kernel.sum()).to(maps.dtype)
+    kernel = (kernel / kernel.sum()).to(maps)
     rows = _mirror(maps.shape[-2], radius, maps.device)
     columns = _mirror(maps.shape[-1], radius, maps.device)
     maps = F.conv2d(maps[..., rows, :], kernel.view(1, 1, -1, 1))
