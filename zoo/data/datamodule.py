@@ -16,6 +16,7 @@ from zoo.image import read_image, read_mask, resize, resize_mask, to_tensor
 from zoo.module import Batch
 
 HOLDOUT_SHARE, HOLDOUT_LEAST = 0.1, 20
+HOLDOUT_BATCH = 8  # at most: what was learned is in memory too by then, so the peak of a fit stays that of its pass
 
 
 class AnomalyDataModule(L.LightningDataModule):
@@ -76,24 +77,26 @@ class AnomalyDataModule(L.LightningDataModule):
         """Training normals, shuffled by (seed, epoch); images of unequal sizes are resized to `input_size`."""
         if not self.num_train_images:
             raise ZooError("There is no normal image to fit on; put some into train/good or good.")
-        return self._loader(self.train_set, EpochSampler(self.num_train_images, self.seed), self._collate_train)
+        sampler = EpochSampler(self.num_train_images, self.seed)
+        return self._loader(self.train_set, sampler, self._collate_train, self.batch_size)
 
     def holdout_dataloader(self) -> DataLoader:
         """Normals that the fit doesn't see, at their own size."""
-        return self._loader(self.holdout_set, EpochSampler(len(self.holdout_set)), group_by_shape)
+        sampler, batch_size = EpochSampler(len(self.holdout_set)), min(HOLDOUT_BATCH, self.batch_size)
+        return self._loader(self.holdout_set, sampler, group_by_shape, batch_size)
 
     def test_dataloader(self) -> DataLoader:
         """The test split in order, at its own size."""
         if not len(self.test_set):
             raise ZooError("The data has no test images; add test/good and test/<kind>, or bad beside good.")
-        return self._loader(self.test_set, EpochSampler(len(self.test_set)), group_by_shape)
+        return self._loader(self.test_set, EpochSampler(len(self.test_set)), group_by_shape, self.batch_size)
 
     predict_dataloader = test_dataloader
 
-    def _loader(self, dataset: Dataset, sampler: Sampler, collate: Any) -> DataLoader:
+    def _loader(self, dataset: Dataset, sampler: Sampler, collate: Any, batch_size: int) -> DataLoader:
         return DataLoader(
             _Images(dataset, self.resize, self.crop),
-            self.batch_size,
+            batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=collate,
