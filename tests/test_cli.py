@@ -45,6 +45,8 @@ def model(mvtec):
         (["fit", "padim", "--preset", "lite", "--data", "synthetic", "--name", "a", "--sigma", "0"], "--sigma"),
         (["fit", "padim", "--preset", "lite", "--data", "synthetic", "--name", "a", "--layers", "[]"], "Layers"),
         (["fit", "padim", "--preset", "lite", "--data", "synthetic", "--name", "a", "--num-workers", "-1"], "--num-w"),
+        (["fit", "padim", "--data", "synthetic", "--name", "a", "--input-size", "big"], "--input-size"),
+        (["fit", "--input-size", "64", "--data", "synthetic"], "needs a method"),
         (["fit", "--name", "padim", "--data", "synthetic", "patchcore"], "method first"),
         (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["evaluate", "nobody", "--data", "synthetic"], "zoo fit METHOD"),
@@ -142,6 +144,20 @@ def test_predict_names_a_broken_image(model, mvtec, tmp_path, capsys):
     assert len((tmp_path / "out/predictions.csv").read_text().splitlines()) == 2  # what was done is kept
     assert run("predict", "m", folder, "--out", tmp_path / "out2", "--skip-broken") == 0
     assert len((tmp_path / "out2/predictions.csv").read_text().splitlines()) == 3
+
+
+def test_predict_knows_masks_from_images(model, mvtec, tmp_path):
+    assert run("predict", "m", mvtec, "--out", tmp_path / "out") == 0
+    assert len((tmp_path / "out/predictions.csv").read_text().splitlines()) == 1 + 30 + 6 + 6
+
+
+def test_fit_says_what_it_replaces(model, mvtec, capsys):
+    again = ["fit", "padim", "--preset", "lite", "--input-size", 64, "--dims", 20, "--name", "m"]
+    capsys.readouterr()
+    assert run(*again, "--data", mvtec) == 0
+    assert "Replaced m" in capsys.readouterr().out
+    assert run(*again, "--data", mvtec / "train/good") == 0
+    assert "Next: zoo predict m" in capsys.readouterr().out
 
 
 def test_predict_leaves_its_own_results_out(model, mvtec, tmp_path):

@@ -103,11 +103,15 @@ def list_(argv: list[str]) -> None:
 
 def fit(argv: list[str]) -> None:
     method, preset = _before_parsing(argv)
+    if method is None and not {"-h", "--help"} & set(argv) and _config_is_there(argv):
+        raise ZooError(f"zoo fit needs a method: {', '.join(list_methods())}.")
     parser = _parser("fit", f"Learn from normal images. METHOD is one of: {', '.join(list_methods())}.")
-    parser.add_argument("method", nargs="?", default=method, help="id of the method")
+    parser.add_argument(
+        "method", nargs="?", default=method, help="id of the method; `zoo fit METHOD --help` shows its options"
+    )
     parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
     parser.add_argument("--name", type=str | None, default=None, help="name of the model in the local registry")
-    parser.add_argument("--preset", type=str | None, default=preset, help="original, paper224 or lite")
+    parser.add_argument("--preset", type=str | None, default=preset, help="original, paper224 or lite; null: paper224")
     sections = presets(method, preset or "paper224") if method else {}
     of_data = sections.get("data", {})
     _data_options(parser, of_data)
@@ -118,25 +122,25 @@ def fit(argv: list[str]) -> None:
         default = sections.get("model", {}).get(name, option.default)
         parser.add_argument(f"--{name.replace('_', '-')}", type=option.type, default=default, help=option.help)
     options = _parse(parser, argv)
-    if not options.method:
-        raise ZooError(f"zoo fit needs a method: {', '.join(list_methods())}.")
     if method_id(options.method) != method:  # an option's value was taken for it
         raise ZooError(f"Put the method first: zoo fit {options.method} --data DATA --name NAME.")
     for needed in ("data", "name"):
         if not options[needed]:
             raise ZooError(f"zoo fit needs --{needed}: zoo fit {method} --data DATA --name NAME.")
     hub.model_place(options.name)
-    check_data(options.data)
+    tested = sum(check_data(options.data).counts["test"])
+    place = hub.model_place(options.name)
+    verb = "Replaced" if place.exists() else "Saved"
 
     from zoo.fit import fit as run
 
     arguments = {name: options[name] for name in own}
     data_options = {"train_fraction": options.train_fraction} | _data_values(options)
     _, record = run(method, options.data, options.name, options.preset, arguments, data_options, _run(options))
+    following = f"evaluate {options.name} --data {options.data}" if tested else f"predict {options.name} PATH --out DIR"
     print(
-        f"Saved {options.name} in {hub.model_place(options.name)} "
-        f"(fit {record['seconds']['fit']:.1f} s, peak memory {record['peak_memory_mb']:.0f} MB).\n"
-        f"Next: zoo evaluate {options.name} --data {options.data}"
+        f"{verb} {options.name} in {place} "
+        f"(fit {record['seconds']['fit']:.1f} s, peak memory {record['peak_memory_mb']:.0f} MB).\nNext: zoo {following}"
     )
 
 
@@ -160,6 +164,8 @@ def evaluate(argv: list[str]) -> None:
     before = checkpoint.read_json(folder / checkpoint.RECORD)
     record = runs.evaluate(model, options.data, before, _data_values(options), _run(options, model.precision))
     runs.store_evaluation(folder, model, record)
+    if before.get("test_data", record["test_data"])["name"] != record["test_data"]["name"]:
+        print(f"These figures replace those on {before['test_data']['name']}.")
     console().print(metric_table(record))
 
 
@@ -186,7 +192,9 @@ def predict(argv: list[str]) -> None:
     )
     found = sum(row["verdict"].startswith("anomalous") for row in rows)
     print(f"Scored {len(rows)} images, {found} called anomalous; results are in {options.out}.")
-    if model.calibration and not model.calibration.calibrated:
+    if not model.calibration:
+        print("The model has no threshold, so there are no verdicts: its fit had too few images to hold some out.")
+    elif not model.calibration.calibrated:
         print("The verdicts are uncalibrated: the threshold comes from a few held-out normals, no rate is stated.")
 
 
@@ -249,6 +257,7 @@ def _one_sentence(message: str, parser: Any) -> str:
         near = difflib.get_close_matches(unknown[1].split("=")[0], options, n=1)
         hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help."
         return f"{parser.prog} has no option {unknown[1]}; {hint}"
+    message = re.sub(r"Does not validate.*", "Not a value that it takes", message, flags=re.DOTALL)
     message = re.sub(r'Parser key "(\w+)":', lambda match: f"--{match[1].replace('_', '-')}:", message)
     message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
     return f"{message.rstrip('.')}; see {parser.prog} --help."
@@ -274,6 +283,11 @@ def _before_parsing(argv: list[str]) -> tuple[str | None, str | None]:
     if method and preset:
         presets(method, preset)
     return method, preset
+
+
+def _config_is_there(argv: list[str]) -> bool:
+    config = _value_of("--config", argv)
+    return config is None or Path(config).is_file()
 
 
 def _is_method(token: str) -> bool:

@@ -91,6 +91,7 @@ def fit(
     if place is not None:
         checkpoint.check_place(place)
     preset = choose_preset(method, preset, arguments)
+    device_of(run.device)
     spec = check_data(data)
     if not spec.counts["train"][0]:
         raise ZooError(f"--data {data} has no normal images to fit on; put some into train/good or good.")
@@ -231,8 +232,8 @@ def _described(spec: DataSpec) -> dict[str, Any]:
 def _announce(model: AnomalyModule, module: AnomalyDataModule, run: RunOptions) -> None:
     held = model.estimate_memory(module.num_train_images) / 2**20
     run.say(
-        f"Fitting {model.method} on {module.num_train_images} normal images "
-        f"({len(module.holdout_set)} more held out); it holds about {held:,.0f} MB beside the network."
+        f"Fitting {model.method} on {module.num_train_images} normal image{'s' * (module.num_train_images != 1)} "
+        f"({len(module.holdout_set) or 'none'} held out); it holds about {held:,.0f} MB beside the network."
     )
 
 

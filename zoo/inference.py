@@ -18,7 +18,7 @@ COLUMNS = ("image", "score", "p_value", "is_anomalous", "verdict", "heatmap", "m
 def find_images(paths: Sequence[str | Path], out: Path) -> dict[str, Path]:
     """Files, and all images below folders, by the name, relative and unique, that their results get.
 
-    Hidden files and folders are left out, and so is `out`, where earlier results may lie.
+    Left out are hidden files and folders, the mask folders of a data set, and `out`, where earlier results may lie.
 
     Raises:
         ZooError: a path that doesn't exist, or no image at all.
@@ -27,7 +27,7 @@ def find_images(paths: Sequence[str | Path], out: Path) -> dict[str, Path]:
     for path in map(Path, paths):
         if path.is_dir():
             files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in EXTENSIONS and out not in f.parents]
-            files = [f for f in files if not any(part.startswith(".") for part in f.relative_to(path).parts)]
+            files = [f for f in files if not any(_skipped(part) for part in f.relative_to(path).parts)]
             if not files:
                 raise ZooError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}).")
             named = [(file.relative_to(path), file) for file in files]
@@ -41,6 +41,10 @@ def find_images(paths: Sequence[str | Path], out: Path) -> dict[str, Path]:
             names += [f"{relative.as_posix()}-{len(found)}"]
             found[next(name for name in names if name not in found)] = file
     return found
+
+
+def _skipped(part: str) -> bool:
+    return part.startswith(".") or part in ("masks", "ground_truth")
 
 
 def predict_files(
@@ -80,7 +84,7 @@ def predict_files(
                     arrays[name] = array
                 except ZooError as error:
                     if not skip_broken:
-                        raise
+                        raise ZooError(f"{str(error).rstrip('.')}; --skip-broken leaves it out") from error
                     run.say(f"Left out: {error}")
             for (name, array), prediction in zip(arrays.items(), model.predict(inputs), strict=True):
                 row = {"image": str(images[name]), "score": prediction.score, "p_value": prediction.p_value}

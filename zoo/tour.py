@@ -30,16 +30,16 @@ def quickstart(out: Path, run: RunOptions) -> None:
     console().print(metric_table(record))
 
     test = load_data(DATA)["test"]
-    normal = next(row["image"] for row in test if not row["label"])
+    normals = [np.asarray(test[i]["image"]) for i in range(len(KINDS))]  # the test split begins with its normals
     defects = {kind: next(row for row in test if f"/{kind}/" in row["path"]) for kind in KINDS}
     rows = []
-    for kind, row in defects.items():
+    for normal, (kind, row) in zip(normals, defects.items(), strict=True):
         image = np.asarray(row["image"])
         plots.save_png(out / "samples" / f"{kind}.png", image)
         truth = np.asarray(row["mask"]) > 0
         found = model.predict(image).map
-        rows.append({"normal": np.asarray(normal), "defective": image, "truth": truth, "map": found})
-    plots.save_png(out / "samples" / "normal.png", np.asarray(normal))
+        rows.append({"normal": normal, "defective": image, "truth": truth, "map": found})
+    plots.save_png(out / "samples" / "normal.png", normals[0])
     plots.figure1(rows, model.calibration, out / "figure1.png")
     run.say(
         f"Model {NAME} is in {hub.find_model(NAME)}, the picture in {out / 'figure1.png'} "
