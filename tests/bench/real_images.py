@@ -1,9 +1,10 @@
 """PaDiM and PatchCore on real images: DeepPCB (printed circuit boards) and ELPV (solar cells), against plain numbers.
 
-    python tests/bench/real_images.py --deeppcb FOLDER --elpv --out tests/bench/real_images.json  (ELPV at --sizes 224 alone)
+    python tests/bench/real_images.py --deeppcb FOLDER --elpv --out tests/bench/real_images.json
 
-ELPV needs `pip install -e ".[elpv]"` (CC BY-NC-SA): fitted on 300 functional monocrystalline cells, tested on the other
-functional ones against those that are surely defective (probability 1). DeepPCB's folder is MVTec-style with masks.
+The committed record has ELPV at --sizes 224 alone, from a run of its own. ELPV needs `pip install -e ".[elpv]"` (CC
+BY-NC-SA): fitted on 300 functional monocrystalline cells, tested on the other functional ones against those that are
+surely defective (probability 1). DeepPCB's folder is MVTec-style with masks.
 """
 
 import argparse
