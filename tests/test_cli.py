@@ -151,6 +151,13 @@ def test_predict_knows_masks_from_images(model, mvtec, tmp_path):
     assert len((tmp_path / "out/predictions.csv").read_text().splitlines()) == 1 + 30 + 6 + 6
 
 
+def test_a_folder_called_masks_may_hold_images(model, mvtec, tmp_path):
+    (tmp_path / "reticles/masks").mkdir(parents=True)
+    (tmp_path / "reticles/masks/a.png").write_bytes(next((mvtec / "test/good").iterdir()).read_bytes())
+    assert run("predict", "m", tmp_path / "reticles", "--out", tmp_path / "out") == 0
+    assert len((tmp_path / "out/predictions.csv").read_text().splitlines()) == 2
+
+
 def test_fit_says_what_it_replaces(model, mvtec, capsys):
     again = ["fit", "padim", "--preset", "lite", "--input-size", 64, "--dims", 20, "--name", "m"]
     capsys.readouterr()

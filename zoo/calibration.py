@@ -13,14 +13,14 @@ class Calibration:
         scores: their image scores, ascending.
         image_threshold: a score at or above it is called anomalous.
         pixel_threshold: the same for one pixel of the map; also the middle of the colour scale.
-        pixel_range: the map's median and highest value over them: the colour scale's lower end and reference.
+        pixel_median: of all their maps; the lower end of the colour scale.
         calibrated: False for the default thresholds of a fit, which state no false-alarm rate.
     """
 
     scores: list[float]
     image_threshold: float
     pixel_threshold: float
-    pixel_range: list[float]
+    pixel_median: float
     calibrated: bool = False
 
     def p_value(self, score: float) -> float:
@@ -31,10 +31,11 @@ class Calibration:
         return asdict(self)
 
 
-def default_calibration(scores: list[float], pixel_quantile: float, pixel_range: list[float]) -> Calibration:
+def default_calibration(scores: list[float], pixel_threshold: float, pixel_median: float) -> Calibration:
     """Thresholds of a fit, not calibrated: at most 1 % of the held-out images reach the image threshold.
 
     Below 100 held-out images none does: it lies just above their maximum.
     """
     scores = sorted(scores)
-    return Calibration(scores, math.nextafter(scores[-1 - len(scores) // 100], math.inf), pixel_quantile, pixel_range)
+    threshold = math.nextafter(scores[-1 - len(scores) // 100], math.inf)
+    return Calibration(scores, threshold, pixel_threshold, pixel_median)

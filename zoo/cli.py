@@ -103,7 +103,7 @@ def list_(argv: list[str]) -> None:
 
 def fit(argv: list[str]) -> None:
     method, preset = _before_parsing(argv)
-    if method is None and not {"-h", "--help"} & set(argv) and _config_is_there(argv):
+    if method is None and not {"-h", "--help"} & set(argv):
         raise ZooError(f"zoo fit needs a method: {', '.join(list_methods())}.")
     parser = _parser("fit", f"Learn from normal images. METHOD is one of: {', '.join(list_methods())}.")
     parser.add_argument(
@@ -115,7 +115,9 @@ def fit(argv: list[str]) -> None:
     sections = presets(method, preset or "paper224") if method else {}
     of_data = sections.get("data", {})
     _data_options(parser, of_data)
-    parser.add_argument("--train-fraction", type=float, default=of_data.get("train_fraction", 1.0), help="share of it")
+    parser.add_argument(
+        "--train-fraction", type=float, default=of_data.get("train_fraction", 1.0), help="share of the normals to use"
+    )
     _run_options(parser)
     own = signature(method) if method else {}
     for name, option in own.items():
@@ -127,9 +129,8 @@ def fit(argv: list[str]) -> None:
     for needed in ("data", "name"):
         if not options[needed]:
             raise ZooError(f"zoo fit needs --{needed}: zoo fit {method} --data DATA --name NAME.")
-    hub.model_place(options.name)
-    tested = sum(check_data(options.data).counts["test"])
     place = hub.model_place(options.name)
+    tested = sum(check_data(options.data).counts["test"])
     verb = "Replaced" if place.exists() else "Saved"
 
     from zoo.fit import fit as run
@@ -182,7 +183,6 @@ def predict(argv: list[str]) -> None:
     checkpoint.read_config(folder)
     if not options.out:
         raise ZooError(f"zoo predict needs --out: zoo predict {options.name} PATH --out DIR.")
-
     if options.batch_size < 1:
         raise ZooError(f"--batch-size is at least 1, not {options.batch_size}.")
     images = find_images(options.paths, Path(options.out))
@@ -267,9 +267,11 @@ def _before_parsing(argv: list[str]) -> tuple[str | None, str | None]:
     """Method and preset, which decide on the options: from the arguments, else from the --config file."""
     found: dict[str, Any] = {}
     config = _value_of("--config", argv)
-    if config is not None and Path(config).is_file():
+    if config is not None:
         import yaml
 
+        if not Path(config).is_file():
+            raise ZooError(f"--config {config}: there is no such file.")
         try:
             found = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -283,11 +285,6 @@ def _before_parsing(argv: list[str]) -> tuple[str | None, str | None]:
     if method and preset:
         presets(method, preset)
     return method, preset
-
-
-def _config_is_there(argv: list[str]) -> bool:
-    config = _value_of("--config", argv)
-    return config is None or Path(config).is_file()
 
 
 def _is_method(token: str) -> bool:

@@ -203,8 +203,8 @@ def calibrate_on_heldout(
             heldout += zip(part.name, scores.image.tolist(), strict=True)
             tables, shift = ranking.add(tables, shift, scores.map, torch.zeros_like(scores.map, dtype=torch.bool))
     if heldout:
-        low, high, top = _quantiles(ranking.merge(torch.cat(tables), shift)[0], (0.5, PIXEL_QUANTILE, 1.0))
-        model.calibration = default_calibration([score for _, score in heldout], high, [low, top])
+        median, high = _quantiles(ranking.merge(torch.cat(tables), shift)[0], (0.5, PIXEL_QUANTILE))
+        model.calibration = default_calibration([score for _, score in heldout], high, median)
     return heldout
 
 

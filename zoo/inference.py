@@ -12,13 +12,14 @@ from zoo.run import RunOptions, device_of
 if TYPE_CHECKING:  # imported on use: paths are checked before torch is loaded
     from zoo.module import AnomalyModule
 
+MASK_FOLDERS = ("masks", "ground_truth")  # beside the images of a data set
 COLUMNS = ("image", "score", "p_value", "is_anomalous", "verdict", "heatmap", "mask")
 
 
 def find_images(paths: Sequence[str | Path], out: Path) -> dict[str, Path]:
     """Files, and all images below folders, by the name, relative and unique, that their results get.
 
-    Left out are hidden files and folders, the mask folders of a data set, and `out`, where earlier results may lie.
+    Left out are hidden files and folders, `out`, where earlier results may lie, and the masks of a data set.
 
     Raises:
         ZooError: a path that doesn't exist, or no image at all.
@@ -26,8 +27,16 @@ def find_images(paths: Sequence[str | Path], out: Path) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for path in map(Path, paths):
         if path.is_dir():
-            files = [f for f in sorted(path.rglob("*")) if f.suffix.lower() in EXTENSIONS and out not in f.parents]
-            files = [f for f in files if not any(_skipped(part) for part in f.relative_to(path).parts)]
+            files = [
+                f
+                for f in sorted(path.rglob("*"))
+                if f.suffix.lower() in EXTENSIONS and out.resolve() not in f.resolve().parents
+            ]
+            masks = (
+                MASK_FOLDERS if any((path / sibling).is_dir() for sibling in ("good", "bad", "train", "test")) else ()
+            )
+            inside = {file: file.relative_to(path).parts for file in files}
+            files = [f for f in files if inside[f][0] not in masks and not any(p[0] == "." for p in inside[f])]
             if not files:
                 raise ZooError(f"{path} holds no images ({', '.join(sorted(EXTENSIONS))}).")
             named = [(file.relative_to(path), file) for file in files]
@@ -41,10 +50,6 @@ def find_images(paths: Sequence[str | Path], out: Path) -> dict[str, Path]:
             names += [f"{relative.as_posix()}-{len(found)}"]
             found[next(name for name in names if name not in found)] = file
     return found
-
-
-def _skipped(part: str) -> bool:
-    return part.startswith(".") or part in ("masks", "ground_truth")
 
 
 def predict_files(

@@ -29,7 +29,7 @@ def heat(map: np.ndarray, calibration: Calibration | None) -> np.ndarray:
     if calibration is None:
         low, high = float(map.min()), float(map.max())
     else:
-        low = calibration.pixel_range[0]
+        low = calibration.pixel_median
         high = low + 2 * (calibration.pixel_threshold - low)
     return np.clip((map - low) / max(high - low, 1e-12), 0, 1)
 

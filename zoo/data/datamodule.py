@@ -67,7 +67,7 @@ class AnomalyDataModule(L.LightningDataModule):
         generator = np.random.default_rng(seed)
         order = generator.permutation(len(train))
         order = order[: max(1, round(train_fraction * len(train)))]
-        # At least 20 or a tenth is held out, but never more than a half: a fit of few images still sees most of them.
+        # At least 20 or a tenth is held out, but never more than a half: a fit of few images needs them more.
         held = min(max(HOLDOUT_LEAST, round(HOLDOUT_SHARE * len(order))), len(order) // 2)
         self.holdout_set = train.select(np.sort(order[:held]))
         self.train_set = train.select(np.sort(order[held:]))
