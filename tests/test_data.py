@@ -6,7 +6,8 @@ import torch
 from PIL import Image
 
 from zoo.data import check_data, load_data
-from zoo.data.datamodule import AnomalyDataModule, EpochSampler
+from zoo.data.datamodule import AnomalyDataModule
+from zoo.data.loader import EpochLoader
 from zoo.errors import ZooError
 from zoo.fit import evaluate, fit
 
@@ -46,31 +47,59 @@ def test_train_fraction_is_exact_and_seeded():
     assert names(module.holdout_dataloader()) == names(AnomalyDataModule(data, train_fraction=0.5).holdout_dataloader())
 
 
-def test_sampler_is_a_function_of_seed_and_epoch():
-    sampler = EpochSampler(50, seed=3)
-    first = list(sampler)
-    sampler.set_epoch(1)
-    second = list(sampler)
+def indices(loader):
+    return [index for batch in loader for index in batch]
+
+
+def epoch_loader(size, batch_size=4, **options):
+    return EpochLoader(range(size), batch_size, list, **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_order_is_a_function_of_seed_and_epoch(workers):
+    loader = epoch_loader(50, seed=3, num_workers=workers)
+    first = indices(loader)
+    loader.set_epoch(1)
+    second = indices(loader)
     assert sorted(first) == sorted(second) == list(range(50)) and first != second
     torch.manual_seed(9)
     np.random.seed(9)
-    again = EpochSampler(50, seed=3)
-    assert list(again) == first
-    again.load_state_dict({"epoch": 1, "start": 20})
-    assert list(again) == second[20:]
+    again = epoch_loader(50, seed=3, num_workers=workers)
+    assert indices(again) == first
+    again.load_state_dict({"epoch": 1, "taken": 5})
+    assert len(again) == 13 and indices(again) == second[20:]
+    assert indices(again) == second  # only once
+    again.load_state_dict({"epoch": 0, "taken": 13})  # a whole epoch
+    assert indices(again) == second
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_state_counts_what_was_handed_out(workers):
+    loader = epoch_loader(50, seed=3, num_workers=workers)
+    seen = []
+    for batch in loader:
+        seen += batch
+        if len(seen) >= 12:
+            break
+    assert loader.state_dict() == {"epoch": 0, "taken": 3}
+    again = epoch_loader(50, seed=3)
+    again.load_state_dict(loader.state_dict())
+    assert seen + indices(again) == indices(epoch_loader(50, seed=3))
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("size", [1, 2, 7, 12])
-def test_ranks_share_without_repeats(world, size, monkeypatch):
-    seen = []
+@pytest.mark.parametrize("size", [1, 2, 7, 12, 17])
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_ranks_share_without_repeats(world, size, batch_size, monkeypatch):
+    seen, lengths = [], set()
     for rank in range(world):
-        monkeypatch.setattr("zoo.data.datamodule._rank_and_world", lambda rank=rank: (rank, world))
-        sampler = EpochSampler(size, seed=0)
-        part = list(sampler)
-        assert len(part) == len(sampler)
-        seen += part
-    assert sorted(seen) == list(range(size))
+        monkeypatch.setattr("zoo.data.loader.rank_and_world", lambda rank=rank: (rank, world))
+        loader = epoch_loader(size, batch_size, seed=0)
+        batches = list(loader)
+        assert len(batches) == len(loader) and max(map(len, batches)) <= batch_size
+        lengths.add(len(batches))
+        seen += indices(batches)
+    assert sorted(seen) == list(range(size)) and len(lengths) == 1
 
 
 def test_mixed_sizes_and_channels(tmp_path):

@@ -7,9 +7,11 @@ from typing import Any, ClassVar, NamedTuple
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
-from zoo import checkpoint
+from zoo import checkpoint, ranks
 from zoo.calibration import Calibration
 from zoo.cards import render_card
 from zoo.errors import ZooError
@@ -80,7 +82,7 @@ class AnomalyModule(L.LightningModule):
         self.calibration: Calibration | None = None
         self.preset: str | None = None
         self.view: dict[str, int | None] = {"resize": None, "crop": None}  # of the data module, in preset original
-        self.observed = 0  # batches of an unfinished pass
+        self.observed, self.pass_length = 0, 0  # batches of an unfinished pass, and of a whole one
         self.precision = "32-true"
         self.metrics = AnomalyMetrics()
         self.scored: list[tuple[str, int, float]] = []  # (name, label, score) of the last validation or test
@@ -95,25 +97,77 @@ class AnomalyModule(L.LightningModule):
         mean, std = (images.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return (images - mean) / std
 
-    # ---- learning by statistics --------------------------------------------------------------------------------------
+    # ---- learning ----------------------------------------------------------------------------------------------------
+
+    @property
+    def learns_by_gradient(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.parameters())
 
     def training_step(self, batch: Batch, index: int) -> Tensor | None:
         with torch.no_grad():
-            self.observe(batch)
+            if batch.name:  # more processes than images
+                self.observe(batch)
         self.observed += 1
-        return None
+        # One process may return nothing; Lightning refuses that of several, and then gets a loss of no parameter.
+        return None if self.trainer.world_size == 1 else torch.zeros((), device=self.device, requires_grad=True)
 
     def configure_optimizers(self) -> Any:
         return None
 
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+        if self.learns_by_gradient:
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        else:
+            optimizer_closure()
+
+    def setup(self, stage: str) -> None:
+        if stage != "fit":
+            return
+        self.forget()
+        self.observed = 0
+        strategy = self.trainer.strategy
+        vars(strategy).pop("configure_ddp", None)
+        if isinstance(strategy, DDPStrategy) and not self.learns_by_gradient:
+            strategy.configure_ddp = lambda: None  # there is nothing to reduce, and torch's wrapper refuses
+
+    def on_fit_start(self) -> None:
+        if self.observed:  # resumed: a checkpoint is read into main memory
+            self.load_fit_state(move_data_to_device(self.fit_state(), self.device))
+        if self.observed and self.observed == self.pass_length:  # at the very end of a pass
+            self._finish_pass()
+
     def on_train_start(self) -> None:
         self.num_train_images = len(self.trainer.train_dataloader.dataset)
+        self.pass_length = self.trainer.num_training_batches
+
+    def on_train_batch_start(self, batch: Batch, index: int) -> None:
+        """Whatever a step draws from torch's generators is a function of (seed, epoch, step, process)."""
+        key = np.random.SeedSequence([self.hparams.seed, self.current_epoch, index, self.global_rank])
+        torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
 
     def on_train_epoch_end(self) -> None:
-        if hasattr(self, "observe"):
-            with torch.no_grad():
+        if self.observed:
+            self._finish_pass()
+
+    def _finish_pass(self) -> None:
+        """Merge what all processes have gathered, learn from it in the first one, and give the result to all."""
+        rank, world = ranks.rank_and_world()
+        with torch.no_grad():
+            if rank == 0:
+                for source in range(1, world):
+                    self.merge_fit_state(ranks.receive(source, self.device))
                 self.finish()
-            self.observed = 0
+                learned = {name: getattr(self, name) for name in checkpoint.learned_buffers(self)}
+                for other in range(1, world):
+                    ranks.send((learned, self.private_state()), other)
+            else:
+                ranks.send(self.fit_state(), 0)
+                self.forget()
+                learned, private = ranks.receive(0, self.device)
+                for name, buffer in learned.items():
+                    setattr(self, name, buffer)
+                self.load_private_state(private)
+        self.observed = 0
 
     def fit_state(self) -> dict[str, Any]:
         """What `observe` has gathered so far: tensors and plain values for a Lightning checkpoint, not for a model."""
@@ -122,14 +176,35 @@ class AnomalyModule(L.LightningModule):
     def load_fit_state(self, state: dict[str, Any]) -> None:
         """Take up what `fit_state` gave."""
 
+    def merge_fit_state(self, state: dict[str, Any]) -> None:
+        """Add what `fit_state` gave in another process, which saw other images; the last step before `finish`."""
+
+    def forget(self) -> None:
+        """Drop what `observe` has gathered; what was learned before stays."""
+
     def on_save_checkpoint(self, ckpt: dict[str, Any]) -> None:
-        ckpt["fit_state"] = self.fit_state()
-        ckpt["observed"] = self.observed
+        rank, world = ranks.rank_and_world()
+        state = self.fit_state()
+        if rank:
+            ranks.send(state, 0)
+        ckpt["fit_state"] = [state] + [ranks.receive(r, torch.device("cpu")) for r in range(1, world) if not rank]
+        ckpt["observed"], ckpt["pass_length"] = self.observed, self.pass_length
 
     def on_load_checkpoint(self, ckpt: dict[str, Any]) -> None:
-        if ckpt["observed"] and self._trainer is not None:
-            raise ZooError("This checkpoint was taken in the middle of the pass over the data; start the fit again.")
-        self.load_fit_state(ckpt["fit_state"])
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        now = ckpt["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
+        if now["started"] != now["processed"]:
+            raise ZooError("This checkpoint was taken in the middle of a step; resume from the one before it.")
+        changed = [k for k, v in ckpt["hyper_parameters"].items() if self.hparams.get(k) != v]
+        if changed:
+            raise ZooError(f"This checkpoint belongs to another configuration ({changed[0]} differs); start anew.")
+        rank, world = ranks.rank_and_world()
+        if len(ckpt["fit_state"]) != world:
+            before = len(ckpt["fit_state"])
+            raise ZooError(f"This checkpoint was taken by {before} processes and goes on with as many, not {world}.")
+        self.load_fit_state(ckpt["fit_state"][rank])
+        self.observed, self.pass_length = ckpt["observed"], ckpt["pass_length"]
 
     # ---- validation and test -----------------------------------------------------------------------------------------
 
@@ -145,7 +220,8 @@ class AnomalyModule(L.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         if not self.trainer.sanity_checking:
-            self.log_dict(self.metrics.compute())
+            self.scored = ranks.gather_list(self.scored)
+            self.log_dict(self.metrics.compute())  # the same in all processes: the tables were merged
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step

@@ -1,16 +1,17 @@
-"""A LightningDataModule over any `datasets` object of the zoo, with a sampler that resumes and never repeats."""
+"""A LightningDataModule over any `datasets` object of the zoo, with a loader that resumes and never repeats."""
 
-from collections.abc import Iterator
+import hashlib
+import json
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
-import torch.distributed as dist
 from datasets import Dataset, DatasetDict
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
 
+from zoo.data.loader import EpochLoader
 from zoo.errors import ZooError
 from zoo.image import read_image, read_mask, resize, resize_mask, to_tensor
 from zoo.module import Batch
@@ -73,35 +74,48 @@ class AnomalyDataModule(L.LightningDataModule):
         self.train_set = train.select(np.sort(order[held:]))
         self.num_train_images = len(self.train_set)
 
-    def train_dataloader(self) -> DataLoader:
+    def train_dataloader(self) -> EpochLoader:
         """Training normals, shuffled by (seed, epoch); images of unequal sizes are resized to `input_size`."""
         if not self.num_train_images:
             raise ZooError("There is no normal image to fit on; put some into train/good or good.")
-        sampler = EpochSampler(self.num_train_images, self.seed)
-        return self._loader(self.train_set, sampler, self._collate_train, self.batch_size)
+        return self._loader(self.train_set, self.batch_size, self._collate_train, self.seed)
 
-    def holdout_dataloader(self) -> DataLoader:
+    def holdout_dataloader(self) -> EpochLoader:
         """Normals that the fit doesn't see, at their own size."""
-        sampler, batch_size = EpochSampler(len(self.holdout_set)), min(HOLDOUT_BATCH, self.batch_size)
-        return self._loader(self.holdout_set, sampler, group_by_shape, batch_size)
+        return self._loader(self.holdout_set, min(HOLDOUT_BATCH, self.batch_size), group_by_shape)
 
-    def test_dataloader(self) -> DataLoader:
+    def test_dataloader(self) -> EpochLoader:
         """The test split in order, at its own size."""
         if not len(self.test_set):
             raise ZooError("The data has no test images; add test/good and test/<kind>, or bad beside good.")
-        return self._loader(self.test_set, EpochSampler(len(self.test_set)), group_by_shape, self.batch_size)
+        return self._loader(self.test_set, self.batch_size, group_by_shape)
 
     predict_dataloader = test_dataloader
 
-    def _loader(self, dataset: Dataset, sampler: Sampler, collate: Any, batch_size: int) -> DataLoader:
-        return DataLoader(
-            _Images(dataset, self.resize, self.crop),
-            batch_size,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            pin_memory=torch.cuda.is_available(),
-        )
+    def _loader(
+        self, dataset: Dataset, batch_size: int, collate: Callable[[list[Batch]], Any], seed: int | None = None
+    ) -> EpochLoader:
+        return EpochLoader(_Images(dataset, self.resize, self.crop), batch_size, collate, seed, self.num_workers)
+
+    def state_dict(self) -> dict[str, str]:
+        """What the order of the images depends on, for Lightning's checkpoints."""
+        return {"identity": self._identity()}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Check that a checkpoint goes on with the same images in the same order.
+
+        Raises:
+            ZooError: it doesn't.
+        """
+        if state["identity"] != self._identity():
+            raise ZooError(
+                "The checkpoint was taken on other images, or with another batch size or seed; "
+                "go on with the same ones, or start the fit anew."
+            )
+
+    def _identity(self) -> str:
+        about = [self.batch_size, self.seed, self.resize, self.crop, list(self.train_set.with_format(None)["path"])]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     def _collate_train(self, items: list[Batch]) -> Batch:
         if len({item.image.shape for item in items}) > 1:
@@ -118,40 +132,6 @@ class AnomalyDataModule(L.LightningDataModule):
             except ZooError as error:
                 self.broken.append((dataset[i]["path"], str(error)))
         return dataset.select(good)
-
-
-class EpochSampler(Sampler[int]):
-    """Indices of this rank: every image exactly once over all ranks, in an order that (seed, epoch) determines.
-
-    Args:
-        size: number of images.
-        seed: shuffles; None keeps the order.
-    """
-
-    def __init__(self, size: int, seed: int | None = None):
-        self.size, self.seed = size, seed
-        self.epoch = self.start = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        order = np.arange(self.size)
-        if self.seed is not None:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.size)
-        rank, world = _rank_and_world()
-        yield from order[rank::world][self.start :].tolist()
-        self.start = 0
-
-    def __len__(self) -> int:
-        rank, world = _rank_and_world()
-        return len(range(rank, self.size, world)) - self.start
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "start": self.start}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.start = state["epoch"], state["start"]
 
 
 class _Images(torch.utils.data.Dataset):
@@ -188,6 +168,8 @@ def group_by_shape(items: list[Batch]) -> list[Batch]:
 
 def _stack(items: list[Batch]) -> Batch:
     """Items of one shape -> one batch; a normal image without mask has an empty one if any other has one."""
+    if not items:
+        return Batch(torch.empty(0, 1, 1, 1), [])
     masks = [item.mask for item in items]
     if any(mask is not None for mask in masks) and _masks_complete(items):
         empty = torch.zeros_like(next(mask for mask in masks if mask is not None))
@@ -212,7 +194,3 @@ def _center_crop(images: Tensor, size: int) -> Tensor:
         raise ZooError(f"A crop of {size} pixels doesn't fit into an image of {tuple(images.shape[-2:])}.")
     top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
     return images[..., top : top + size, left : left + size]
-
-
-def _rank_and_world() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

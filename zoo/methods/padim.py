@@ -6,8 +6,9 @@ patch is its Mahalanobis distance to the Gaussian of its own position.
 No official code is known; the widely used re-implementation is xiahaifeng1995/PaDiM-Anomaly-Detection-Localization
 (Apache-2.0). Same as there: layers of stride 4, 8, 16 joined by nearest upsampling, one random subset of channels,
 covariance with N - 1 plus 0.01 I, map smoothed with sigma 4, image score = its maximum.
-Deviations: moments are accumulated in one pass around the mean of the first batch, so memory does not grow with the
-number of images; the inverse is kept as a triangular factor; input is 224 without the crop (preset `original` has it).
+Deviations: moments are summed in one pass, in float64, so that memory does not grow with the number of images and their
+order or sharing among processes does not matter; the inverse is kept as a triangular factor; input is 224 without the
+crop (preset `original` has it).
 """
 
 import logging
@@ -22,6 +23,9 @@ from zoo.module import AnomalyModule, Batch, Scores
 from zoo.nn.features import FeatureExtractor
 from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
 from zoo.nn.precision import full_precision
+
+POSITIONS = 64  # worked on together
+BLOCKS = 4  # block rows of the symmetric products: 5/8 of the matrix is kept
 
 log = logging.getLogger("zoo")
 
@@ -77,7 +81,7 @@ class PaDiM(AnomalyModule):
         self.register_buffer("whitening", torch.empty(0, self.dims, self.dims))  # (P, d, d): W^T W = covariance^-1
         self.grid: tuple[int, int] | None = None
         self.count = 0
-        self.moments: dict[str, Tensor] = {}  # shift (P, d), total (P, d), squares (P, d, d), all about the shift
+        self.moments: list[list[Tensor]] = []  # of each part of the positions: sums of x and of x x^T
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> chosen channels of all layers, by position of the first layer's grid (P, B, d)."""
@@ -87,27 +91,42 @@ class PaDiM(AnomalyModule):
         return joined[:, self.subset].flatten(2).permute(2, 0, 1).contiguous()
 
     def observe(self, batch: Batch) -> None:
+        """Add to the sums over images of x (P, d) and of x x^T, of which only the lower block rows are kept."""
         x = self.embed(batch.image)  # (P, B, d)
         if not self.moments:
-            square = x.new_zeros(x.shape[0], self.dims, self.dims)
-            self.moments = {"shift": x.mean(1), "total": torch.zeros_like(x[:, 0]), "squares": square}
-        x = x - self.moments["shift"][:, None]
+            self.moments = [self._zeros(part) for part in x.split(POSITIONS)]
         self.count += x.shape[1]
-        self.moments["total"] += x.sum(1)
-        with full_precision(x):
-            self.moments["squares"].baddbmm_(x.transpose(1, 2), x)
+        for part, (total, *rows) in zip(x.split(POSITIONS), self.moments, strict=True):
+            part = part.double()  # (p, B, d)
+            total += part.sum(1)
+            end = 0
+            for row in rows:  # (p, r, c) of the products x[:, c - r : c] x[:, :c]^T
+                first, end = end, row.shape[2]
+                row.baddbmm_(part[..., first:end].mT, part[..., :end])
+
+    def _zeros(self, x: Tensor) -> list[Tensor]:
+        """Sums over no images: (p, d) and the block rows."""
+        ends = [round(self.dims * (i + 1) / BLOCKS) for i in range(BLOCKS)]
+        shapes = [(end - first, end) for first, end in zip([0, *ends], ends, strict=False)]
+        return [x.new_zeros(len(x), *shape, dtype=torch.float64) for shape in [(self.dims,), *shapes]]
 
     def finish(self) -> None:
-        """Moments -> means and whitening factors, in float64, some positions at a time, in place of the squares."""
-        shift, total, squares = (self.moments.pop(k) for k in ("shift", "total", "squares"))
-        eye = torch.eye(self.dims, dtype=torch.float64, device=total.device)
-        for part in torch.arange(len(total)).split(64):
-            covariance = squares[part].double() - torch.einsum("pi,pj->pij", *[total[part].double()] * 2) / self.count
-            covariance = covariance / max(self.count - 1, 1) + self.hparams.ridge * eye
-            factor = torch.linalg.cholesky(covariance)  # L L^T
-            squares[part] = torch.linalg.solve_triangular(factor, eye, upper=False).to(squares.dtype)  # W = L^-1
-        self.center, self.whitening = shift + total / self.count, squares
-        self.count = 0
+        """Sums -> means and whitening factors, some positions at a time; their sums are freed on the way."""
+        n, device = self.count, self.moments[0][0].device
+        eye = torch.eye(self.dims, dtype=torch.float64, device=device)
+        positions = sum(len(total) for total, *_ in self.moments)
+        self.center = torch.empty(positions, self.dims, device=device)
+        self.whitening = torch.empty(positions, self.dims, self.dims, device=device)
+        for first in range(0, positions, POSITIONS):
+            total, *rows = self.moments.pop(0)
+            mean = total / n  # (p, d)
+            lower = torch.cat([F.pad(row, (0, self.dims - row.shape[2])) for row in rows], 1)  # (p, d, d)
+            scatter = lower.sub_(torch.einsum("pi,pj->pij", total, mean))
+            factor = torch.linalg.cholesky(scatter / max(n - 1, 1) + self.hparams.ridge * eye)  # L L^T, of the lower
+            where = slice(first, first + POSITIONS)
+            self.center[where] = mean
+            self.whitening[where] = torch.linalg.solve_triangular(factor, eye, upper=False)  # W = L^-1
+        self.forget()
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
         x = self.embed(images) - self.center[:, None]  # (P, B, d)
@@ -119,13 +138,22 @@ class PaDiM(AnomalyModule):
 
     def estimate_memory(self, num_images: int) -> int:
         positions = (self.size[0] // self.features.strides[0]) * (self.size[1] // self.features.strides[0])
-        return 4 * positions * self.dims * (self.dims + 3)
+        return positions * self.dims * (5 * self.dims + 8)
 
     def fit_state(self) -> dict[str, Any]:
         return {"count": self.count, "moments": self.moments}
 
     def load_fit_state(self, state: dict[str, Any]) -> None:
         self.count, self.moments = state["count"], state["moments"]
+
+    def merge_fit_state(self, state: dict[str, Any]) -> None:
+        self.count += state["count"]
+        for mine, theirs in zip(self.moments, state["moments"], strict=False):  # none where no image was seen
+            for a, b in zip(mine, theirs, strict=True):
+                a += b
+
+    def forget(self) -> None:
+        self.count, self.moments = 0, []
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         """The triangular factor is stored packed: half the file."""

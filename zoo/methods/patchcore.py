@@ -132,6 +132,9 @@ class PatchCore(AnomalyModule):
             chosen, _ = greedy_coreset(vectors, size, seed=self.hparams.seed, project_to=self.hparams.project_to)
             self.bank, source = vectors[chosen], source[chosen]
         self.origin = [(self.names[image], row, column) for image, row, column in source.tolist()]
+        self.forget()
+
+    def forget(self) -> None:
         self.names, self.kept = [], []
         self.stream = StreamingCoreset(self.stream.size, self.stream.working_set, self.hparams.seed)
 
@@ -182,6 +185,14 @@ class PatchCore(AnomalyModule):
     def load_fit_state(self, state: dict[str, Any]) -> None:
         self.names, self.kept = state["names"], state["kept"]
         self.stream.load_state_dict(state["stream"])
+
+    def merge_fit_state(self, state: dict[str, Any]) -> None:
+        shift = torch.tensor([len(self.names), 0, 0])  # their images come after ours
+        self.names = self.names + state["names"]
+        self.kept += [(vectors, source + shift.to(source)) for vectors, source in state["kept"]]
+        other = StreamingCoreset(1, 1)
+        other.load_state_dict(state["stream"])
+        self.stream.merge(other, shift)
 
     def private_state(self) -> dict[str, Any]:
         return {"origin": self.origin}

@@ -229,6 +229,7 @@ class StreamingCoreset:
         if self.vectors is None:
             none = vectors[:0].float()
             self._hold(none, source[:0].to(none.device), none.sum(1), none.sum(1).long())
+        self._fit()
         while len(vectors):
             end, room = self.count + self.pending, self.CHUNK - self.pending
             self.pending += len(vectors[:room])
@@ -300,16 +301,21 @@ class StreamingCoreset:
         return 1.001 * max(self.tau, float(self.reach[: self.count].max()) if self.count else 0.0)
 
     @torch.no_grad()
-    def merge(self, other):
-        """Take over what `other`, from another part of the data, holds; `other` stays as it is."""
+    def merge(self, other, shift=0):
+        """Take over all candidates of `other`, from another part of the data; `other` stays as it is.
+
+        `shift` (T,) or a number is added to its sources. The candidates of both may exceed the working set: they are
+        reduced when the next vectors come, and `finish` chooses among all of them.
+        """
         if other.vectors is None:
             return
         self.add(other.vectors[:0], other.sources[:0])  # makes room if this one is empty
         self._sieve()
-        pairs = [torch.cat([a, b.to(a.device)]) for a, b in zip(self._held(), other._held(), strict=True)]
+        theirs = [x.to(self.vectors.device) for x in other._held()]
+        theirs[1] = theirs[1] + torch.as_tensor(shift, device=self.vectors.device)
+        pairs = [torch.cat(pair) for pair in zip(self._held(), theirs, strict=True)]
         self.count, self.tau = len(pairs[0]), max(self.tau, other.tau)
         self._hold(*pairs)
-        self._fit()
 
     def state_dict(self):
         """Tensors and plain numbers from which `load_state_dict` goes on bit for bit."""
@@ -346,6 +352,21 @@ def nearest(queries, bank, k=1):
     return torch.cat(distances), torch.cat(indices)
 
 
+@torch.no_grad()
 def covering_radius(vectors, bank):
-    """Largest distance from one of `vectors` (N, D) to its nearest in `bank` (M, D), a float."""
-    return float(nearest(vectors, bank)[0].max())
+    """Largest distance from one of `vectors` (N, D) to its nearest in `bank` (M, D), a float.
+
+    Exact, at a fraction of the cost of all distances: a vector is left as soon as it is nearer than the largest so far.
+    """
+    centre, radius = _centre(bank), 0.0
+    for part in vectors.split(2 * TILE):
+        rows = part.float() - centre
+        norms, far = rows.square().sum(1), torch.arange(len(rows), device=rows.device)
+        for tile in bank.split(TILE // 2):
+            near = _products(rows[far], tile.float() - centre).amin(1) + norms[far]
+            far = far[near > radius**2 - CLOSE * norms[far]]
+            if not len(far):
+                break
+        else:
+            radius = max(radius, float(nearest(part[far], bank)[0].max()))
+    return radius

@@ -1,0 +1,96 @@
+"""Several processes of one run: who this one is, and how they hand each other what they have gathered."""
+
+import os
+from itertools import chain, zip_longest
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:  # imported on use: the command line asks for its rank before torch is loaded
+    import torch
+
+_MISSING = object()
+
+
+class _Hole(NamedTuple):
+    """Where a tensor was taken out of a structure."""
+
+    shape: list[int]
+    dtype: "torch.dtype"
+
+
+def launched() -> tuple[int, int, int]:
+    """Rank, number of processes, and of these on this machine, as torchrun, srun or Lightning's launcher set them."""
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        world = int(env["WORLD_SIZE"])
+        return int(env["RANK"]), world, int(env.get("LOCAL_WORLD_SIZE", world))
+    if "SLURM_PROCID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
+        world = int(env.get("SLURM_NTASKS", 1))
+        return int(env["SLURM_PROCID"]), world, int(env.get("SLURM_NTASKS_PER_NODE", world))
+    return int(env.get("LOCAL_RANK", 0)), 1, 1  # Lightning's launcher starts `--devices` processes by itself
+
+
+def rank_and_world() -> tuple[int, int]:
+    """This process's number and how many there are; (0, 1) outside of a distributed run."""
+    import torch.distributed as dist
+
+    running = dist.is_available() and dist.is_initialized()
+    return (dist.get_rank(), dist.get_world_size()) if running else (0, 1)
+
+
+def gather(value: Any) -> list[Any]:
+    """A small value of every process, in order of rank, on every process."""
+    import torch.distributed as dist
+
+    world = rank_and_world()[1]
+    if world == 1:
+        return [value]
+    values = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
+def gather_list(items: list[Any]) -> list[Any]:
+    """The items of all processes, in the order in which the data set was dealt out to them."""
+    dealt = chain.from_iterable(zip_longest(*gather(items), fillvalue=_MISSING))
+    return [item for item in dealt if item is not _MISSING]
+
+
+def send(state: Any, to: int) -> None:
+    """Send nested dicts, lists and tuples of tensors and plain values; tensors go one by one, none is copied."""
+    import torch.distributed as dist
+    from lightning_utilities.core.apply_func import apply_to_collection
+
+    tensors: list[torch.Tensor] = []
+
+    def take(tensor: "torch.Tensor") -> _Hole:
+        tensors.append(tensor)
+        return _Hole(list(tensor.shape), tensor.dtype)
+
+    skeleton = apply_to_collection(state, _tensor_type(), take)
+    dist.send_object_list([skeleton], to)
+    for tensor in tensors:
+        if tensor.numel():
+            dist.send(tensor.contiguous(), to)
+
+
+def receive(source: int, device: "torch.device") -> Any:
+    """What `send` sent, its tensors on this device."""
+    import torch
+    import torch.distributed as dist
+    from lightning_utilities.core.apply_func import apply_to_collection
+
+    def fill(hole: _Hole) -> torch.Tensor:
+        tensor = torch.empty(hole.shape, dtype=hole.dtype, device=device)
+        if tensor.numel():
+            dist.recv(tensor, source)
+        return tensor
+
+    box = [None]
+    dist.recv_object_list(box, source)
+    return apply_to_collection(box[0], _Hole, fill)
+
+
+def _tensor_type() -> type:
+    import torch
+
+    return torch.Tensor
