@@ -128,6 +128,12 @@ def test_projection_measures_in_the_original_space():
     assert torch.equal(indices, greedy_coreset(x, 50, start=0, project_to=64)[0])
 
 
+def test_picks_do_not_depend_on_the_order():
+    x = DATA["normal"]
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(x[order][greedy_coreset(x[order], 50, seed=3)[0]], x[greedy_coreset(x, 50, seed=3)[0]])
+
+
 @pytest.mark.parametrize("k, start", [(0, None), (3, -1), (3, 60)])
 def test_wrong_arguments(k, start):
     with pytest.raises(ValueError):
@@ -220,8 +226,9 @@ def test_merge_covers_both(cut):
         one.add(x[:cut], sources(x)[:cut])
     if cut < len(x):
         other.add(x[cut:], sources(x)[cut:])
+    held = sum(c.count + c.pending for c in (one, other))
     one.merge(other)
-    assert one.count <= 1000 and len(one.vectors) == 1000 + one.CHUNK
+    assert one.count <= held  # none is lost before the last choice
     vectors, source = one.finish()
     assert torch.equal(x[source[:, 0] * 100 + source[:, 1]], vectors)
     radius = true_radius(x, vectors)
@@ -275,3 +282,38 @@ def test_nearest_finds_copies_and_ties():
     assert distances.tolist() == [[1, 1, 1]]
     with pytest.raises(ValueError):
         nearest(bank, bank[:3], 4)
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("name", ["iid", "drift", "offset"])
+def test_merged_parts_cover_like_one_stream(name, parts):
+    """As processes share a data set: every image to the next one in turn."""
+    x = STREAMS[name]
+    alone = stream(x, StreamingCoreset(400, 1600)).finish()[0]
+    coresets = [StreamingCoreset(400, 1600) for _ in range(parts)]
+    for rank, coreset in enumerate(coresets):
+        coreset.add(x[rank::parts], sources(x)[rank::parts])
+    for other in coresets[1:]:
+        coresets[0].merge(other)
+    merged, source = coresets[0].finish()
+    assert covering_radius(x, merged) <= 1.05 * covering_radius(x, alone)
+    assert torch.equal(x[source[:, 0] * 100 + source[:, 1]], merged)
+
+
+def test_merge_shifts_sources_and_goes_on():
+    x = STREAMS["iid"]
+    one, other = StreamingCoreset(100, 1000), StreamingCoreset(100, 1000)
+    one.add(x[:9000], sources(x)[:9000])
+    other.add(x[9000:20_000], sources(x)[:11_000])
+    one.merge(other, torch.tensor([90, 0]))
+    one.add(x[20_000:], sources(x)[20_000:])
+    assert one.count <= 1000
+    vectors, source = one.finish()
+    assert torch.equal(x[source[:, 0] * 100 + source[:, 1]], vectors) and true_radius(x, vectors) <= one.radius_bound
+
+
+@pytest.mark.parametrize("name", DATA)
+def test_covering_radius_is_exact(name):
+    x = DATA[name]
+    for bank in (x[::50], x[:3], x):
+        assert covering_radius(x, bank) == pytest.approx(true_radius(x, bank), rel=1e-5, abs=1e-6)

@@ -153,7 +153,8 @@ def greedy_coreset(vectors, k, start=None, seed=0, project_to=None):
     Args:
         vectors: (N, D), any floating dtype and device; never copied as a whole.
         k: size of the coreset; from N on, all are taken. Copies of a taken vector come last.
-        start: index of the first pick; by default drawn from `seed`, which also seeds the projection.
+        start: index of the first pick; by default the farthest vector in a random direction, which does not depend on
+            the order of the vectors. `seed` draws the direction, and the projection.
         project_to: choose in a random Gaussian projection to that many dimensions (128 in the official PatchCore).
             Its radius was 1.01, 1.01 and 1.08 times the exact one's on normal, clustered and ReLU-like data of 1,536
             dimensions (tests/bench/coreset_speed.py), and it was no faster.
@@ -169,7 +170,9 @@ def greedy_coreset(vectors, k, start=None, seed=0, project_to=None):
         raise ValueError(f"need k >= 1 and a start among the {n} vectors, not k = {k} and start = {start}")
     generator = torch.Generator().manual_seed(seed)
     if start is None:
-        start = int(torch.randint(n, (1,), generator=generator))
+        direction = torch.randn(d, 1, generator=generator).to(vectors.device)
+        with _full_precision(vectors.device):
+            start = int(torch.cat([part.float() @ direction for part in vectors.split(TILE)]).argmax())
     traversal = _Traversal(vectors, start, min(k, n))
     if project_to is None:
         traversal.take(torch.tensor([start], device=vectors.device))
@@ -238,6 +241,7 @@ class StreamingCoreset:
             vectors, source = vectors[room:], source[room:]
             if self.pending == self.CHUNK:
                 self._sieve()
+                self._fit()
 
     def _sieve(self):
         """Turn pending arrivals into candidates, except those within tau of another."""
@@ -250,7 +254,6 @@ class StreamingCoreset:
         self.reach[first:last] = 0
         self.hits[first:last] = 0
         self.count, self.pending = last, 0
-        self._fit()
 
     def _fit(self):
         if self.count > self.working_set:

@@ -1,0 +1,160 @@
+"""Two processes on one machine learn and measure what one does."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks_job
+import torch
+
+from zoo import ranks
+from zoo.methods import list_methods
+from zoo.metrics import AnomalyMetrics
+from zoo.nn.coreset import covering_radius
+
+JOB = Path(ranks_job.__file__)
+METHODS = pytest.mark.parametrize("method", list_methods())
+
+
+def torchrun(*command, timeout=300, **env):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
+    done = subprocess.run(
+        launch, env=os.environ | {"OMP_NUM_THREADS": "1"} | env, capture_output=True, text=True, timeout=timeout
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What each process of the job has found, by method."""
+    out = tmp_path_factory.mktemp("ranks")
+    torchrun(str(JOB), str(out))
+    return [torch.load(out / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The same fits in this process."""
+    models = {}
+    for method in list_methods():
+        models[method] = ranks_job.build(method)
+        ranks_job.trainer(1).fit(models[method], datamodule=ranks_job.data())
+        models[method].eval()
+    return models
+
+
+def model_of(method, state, private):
+    model = ranks_job.build(method)
+    model.load_state_dict(state)
+    model.load_private_state(private)
+    return model.eval()
+
+
+def test_images():
+    (batch,) = ranks_job.data(batch_size=99).test_dataloader()
+    return batch[0].image
+
+
+test_images.__test__ = False
+
+
+@METHODS
+def test_all_processes_hold_the_same_model_and_no_weight_more(both, alone, method):
+    states = [found[method]["state"] for found in both]
+    assert states[0].keys() == states[1].keys() == alone[method].state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(*(s.values() for s in states), strict=True))
+    assert both[0][method]["private"] == both[1][method]["private"]
+
+
+@torch.inference_mode()
+def test_padim_scores_as_in_one_process(both, alone):
+    found = model_of("padim", both[0]["padim"]["state"], {})
+    a, b = found(test_images()), alone["padim"](test_images())
+    torch.testing.assert_close(a.image, b.image, rtol=1e-5, atol=0)
+    torch.testing.assert_close(a.map, b.map, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_patchcore_covers_all_patches(both, alone):
+    found, model = both[0]["patchcore"], alone["patchcore"]
+    batches = list(ranks_job.data().train_dataloader())
+    patches = torch.cat([model.embed(b.image).permute(0, 2, 3, 1).flatten(0, 2) for b in batches])
+    bank = found["state"]["bank"]
+    assert bank.shape == model.bank.shape
+    assert covering_radius(patches, bank) <= 1.05 * covering_radius(patches, model.bank)
+    names = [name for b in batches for name in b.name]
+    side = int((len(patches) / len(names)) ** 0.5)
+    for vector, (name, row, column) in list(zip(bank, found["private"]["origin"], strict=True))[::37]:
+        patch = patches[(names.index(name) * side + row) * side + column]
+        torch.testing.assert_close(vector, patch, rtol=1e-4, atol=1e-4)
+
+
+@METHODS
+def test_each_image_is_visited_once(both, method):
+    names = [found[method]["names"] for found in both]
+    counts = {"fit": 47, "validate": 13, "test": 13, "predict": 13, "predict 2": 2, "predict 3": 3, "predict 4": 4}
+    for stage, count in (counts | {"fit of one": 1}).items():
+        seen = names[0].get(stage, []) + names[1].get(stage, [])
+        assert len(seen) == len(set(seen)) == count, stage
+        assert abs(len(names[0][stage]) - len(names[1][stage])) <= 1
+
+
+@METHODS
+def test_metrics_are_those_of_one_process_to_the_last_bit(both, method):
+    """Of the same scores: those of an image differ in the last bits with the size of its batch and the threads."""
+    suite = AnomalyMetrics()
+    for found in both:
+        for batch in found[method]["measured"]:
+            suite.update(*batch)
+    expected = {name: torch.tensor(value).item() for name, value in suite.compute().items()}
+    assert both[0][method]["metrics"] == both[1][method]["metrics"] == expected and len(expected) == 7
+
+
+@METHODS
+def test_per_image_scores_are_gathered_in_the_order_of_the_data(both, method):
+    model = model_of(method, both[0][method]["state"], both[0][method]["private"])
+    ranks_job.trainer(1).test(model, datamodule=ranks_job.data(), verbose=False)
+    scored = both[0][method]["scored"]
+    assert scored == both[1][method]["scored"]
+    for (name, label, score), expected in zip(scored, model.scored, strict=True):
+        assert (name, label) == expected[:2] and score == pytest.approx(expected[2], rel=1e-4)
+
+
+@METHODS
+def test_resumed_as_if_never_stopped(both, method):
+    for found in both:
+        for name, tensor in found[method]["state"].items():
+            assert torch.equal(tensor, found[method]["resumed"][name]), name
+
+
+@METHODS
+def test_one_image_for_two_processes(both, method):
+    model = ranks_job.build(method)
+    model.load_state_dict(both[1][method]["tiny"])
+    assert model.eval()(test_images()).map.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, (0, 1, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"}, (3, 8, 4)),
+        ({"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "4"}, (5, 8, 4)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_NAME": "interactive"}, (0, 1, 1)),
+        ({"LOCAL_RANK": "1"}, (1, 1, 1)),
+    ],
+)
+def test_who_this_process_is(environment, expected, monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert ranks.launched() == expected
+
+
+def test_lists_come_back_in_the_order_of_the_data_set(monkeypatch):
+    monkeypatch.setattr(ranks, "gather", lambda items: [[0, 3, 6], [1, 4], [2, 5]])
+    assert ranks.gather_list([]) == list(range(7))
