@@ -1,6 +1,12 @@
 """A fit that was stopped and goes on equals one that never was, for statistics and gradients alike."""
 
+import json
 import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import lightning as L
 import pytest
@@ -145,3 +151,82 @@ def test_a_resume_is_refused_where_it_would_not_be_exact(data, tmp_path):
         torch.save(content, tmp_path / "changed.ckpt")
         with pytest.raises(ZooError, match=match):
             run("padim", data, ckpt_path=tmp_path / "changed.ckpt")
+
+
+def start_job(method, folder):
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, Path(__file__).with_name("kill_job.py"), method, folder]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def seen(folder):
+    """Names by (epoch, batch); a batch that was done again after a kill counts as it was done last."""
+    lines = [json.loads(line) for line in (folder / "seen.jsonl").read_text().splitlines()]
+    return {(epoch, batch): names for epoch, batch, names in lines}
+
+
+def kill_and_resume(method, folder, delay):
+    """Kill a fit `delay` seconds after it began, let it go on, and return whether it was still running."""
+    job = start_job(method, folder)
+    job.stdout.readline()  # ready
+    time.sleep(delay)
+    job.send_signal(signal.SIGKILL)
+    was_running = job.wait() == -signal.SIGKILL
+    for path in folder.glob("last.ckpt"):
+        torch.load(path, weights_only=True)  # whole, whenever the kill came
+    assert start_job(method, folder).wait() == 0
+    return was_running
+
+
+def same_results(folder, expected):
+    one, other = (torch.load(f / "done.pt", weights_only=True) for f in (folder, expected))
+    assert all(torch.equal(one["state"][name], other["state"][name]) for name in other["state"])
+    assert one["private"] == other["private"] and seen(folder) == seen(expected)
+
+
+@METHODS
+def test_killed_and_resumed(method, tmp_path):
+    """The short form of tests/bench/kill.py."""
+    assert start_job(method, tmp_path / "whole").wait() == 0
+    kill_and_resume(method, tmp_path / "killed", random.uniform(0.02, 0.3))
+    same_results(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+def test_command_line_resumes(end, tmp_path, zoo_home):
+    command = ["zoo", "fit", "patchcore", "--preset", "lite", "--data", "synthetic:train=120,size=64"]
+    command += ["--input-size", "64", "--bank-size", "200", "--batch-size", "4"]
+    subprocess.run([*command, "--name", "whole"], check=True)
+    path = zoo_home / "unfinished" / "ended" / "last.ckpt"
+    minutes = "0" if end == signal.SIGKILL else "5"  # SIGTERM leaves time to write one
+    ended = subprocess.Popen(
+        [*command, "--name", "ended", "--checkpoint-minutes", minutes],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    ended.stdout.readline()
+    while end == signal.SIGKILL and not path.exists() and ended.poll() is None:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    ended.send_signal(end)
+    _, said = ended.communicate()
+    assert path.exists() and ended.returncode != 0
+    if end == signal.SIGTERM:
+        assert ended.returncode == 2 and "--resume" in said and said.count("\n") == 1
+    done = subprocess.run([*command, "--name", "ended", "--resume"], check=True, capture_output=True, text=True)
+    models = [zoo_home / "models" / name / "model.safetensors" for name in ("whole", "ended")]
+    assert models[0].read_bytes() == models[1].read_bytes() and not path.exists()
+    assert json.loads((models[1].parent / "results.json").read_text())["resumed"] is True, done.stdout
+
+
+def test_what_resume_says(capsys, zoo_home):
+    from zoo.cli import main
+
+    fit = "fit padim --preset lite --input-size 32 --dims 10 --data synthetic:train=40,size=32 --name m".split()
+    assert main([*fit, "--resume"]) == 0 and "from the beginning" in capsys.readouterr().out
+    path = zoo_home / "unfinished" / "m" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half")
+    assert main([*fit, "--resume"]) == 2 and "damaged" in capsys.readouterr().err
+    assert main(fit) == 0 and "given up" in capsys.readouterr().out and not path.exists()

@@ -16,6 +16,7 @@ from zoo.data import FORMS, check_data
 from zoo.errors import ZooError
 from zoo.inference import find_images, predict_files
 from zoo.methods import METHODS, list_methods, method_id, presets, signature, summary
+from zoo.ranks import launched
 from zoo.run import RunOptions
 
 USAGE = """usage: zoo COMMAND [--help]
@@ -36,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
+    if launched()[0]:  # of several processes the first one speaks
+        sys.stdout = open(os.devnull, "w")
     try:
         command = COMMANDS.get(argv[0])
         if command is None:
@@ -119,6 +122,16 @@ def fit(argv: list[str]) -> None:
         "--train-fraction", type=float, default=of_data.get("train_fraction", 1.0), help="share of the normals to use"
     )
     _run_options(parser)
+    parser.add_argument("--devices", type=int, default=1, help="processes, one a device; torchrun and srun set it")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on where an interrupted fit of this name stopped, if there is one"
+    )
+    parser.add_argument(
+        "--checkpoint-minutes", type=float, default=5.0, help="between checkpoints of a fit under way; 0: each batch"
+    )
+    parser.add_argument(
+        "--memory-limit", type=str | None, default=None, help="such as 6GB; a fit that needs more is refused"
+    )
     own = signature(method) if method else {}
     for name, option in own.items():
         default = sections.get("model", {}).get(name, option.default)
@@ -129,6 +142,9 @@ def fit(argv: list[str]) -> None:
     for needed in ("data", "name"):
         if not options[needed]:
             raise ZooError(f"zoo fit needs --{needed}: zoo fit {method} --data DATA --name NAME.")
+    memory_limit = _bytes(options.memory_limit) if options.memory_limit else None
+    if not options.checkpoint_minutes >= 0:
+        raise ZooError(f"--checkpoint-minutes is at least 0, not {options.checkpoint_minutes}.")
     place = hub.model_place(options.name)
     tested = sum(check_data(options.data).counts["test"])
     verb = "Replaced" if place.exists() else "Saved"
@@ -137,7 +153,18 @@ def fit(argv: list[str]) -> None:
 
     arguments = {name: options[name] for name in own}
     data_options = {"train_fraction": options.train_fraction} | _data_values(options)
-    _, record = run(method, options.data, options.name, options.preset, arguments, data_options, _run(options))
+    _, record = run(
+        method,
+        options.data,
+        options.name,
+        options.preset,
+        arguments,
+        data_options,
+        _run(options),
+        options.resume,
+        options.checkpoint_minutes,
+        memory_limit,
+    )
     following = f"evaluate {options.name} --data {options.data}" if tested else f"predict {options.name} PATH --out DIR"
     print(
         f"{verb} {options.name} in {place} "
@@ -151,6 +178,7 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
     _data_options(parser, {})
     _run_options(parser, precision=None)
+    parser.add_argument("--devices", type=int, default=1, help="processes, one a device; torchrun and srun set it")
     options = _parse(parser, argv)
     folder = hub.find_model(options.name)
     checkpoint.read_config(folder)
@@ -164,7 +192,8 @@ def evaluate(argv: list[str]) -> None:
     model = hub.from_pretrained(folder)
     before = checkpoint.read_json(folder / checkpoint.RECORD)
     record = runs.evaluate(model, options.data, before, _data_values(options), _run(options, model.precision))
-    runs.store_evaluation(folder, model, record)
+    if not launched()[0]:
+        runs.store_evaluation(folder, model, record)
     if before.get("test_data", record["test_data"])["name"] != record["test_data"]["name"]:
         print(f"These figures replace those on {before['test_data']['name']}.")
     console().print(metric_table(record))
@@ -233,7 +262,8 @@ def _run_options(parser: Any, precision: str | None = "32-true") -> None:
 
 def _run(options: Any, precision: str = "32-true") -> RunOptions:
     progress = sys.stderr.isatty()
-    return RunOptions(options.device, options.precision or precision, progress, partial(print, flush=True))
+    devices = options.get("devices", 1)
+    return RunOptions(options.device, devices, options.precision or precision, progress, partial(print, flush=True))
 
 
 def _parse(parser: Any, argv: list[str]) -> Any:
@@ -246,7 +276,18 @@ def _parse(parser: Any, argv: list[str]) -> Any:
     device = options.get("device", "auto")
     if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
         raise ZooError(f"--device is auto, cpu, cuda or cuda:N, not {device}.")
+    devices = options.get("devices", 1)
+    if devices < 1 or (devices > 1 and ":" in device):
+        raise ZooError(f"--devices is at least 1, and 1 with --device {device}; not {devices}.")
     return options
+
+
+def _bytes(text: str) -> float:
+    """6GB, 500MB or 2GiB -> bytes."""
+    match = re.fullmatch(r"(?i)([0-9]*\.?[0-9]+)\s*([kmgt])(i?)b", text.strip())
+    if not match or not float(match[1]):
+        raise ZooError(f"--memory-limit is a size such as 6GB or 500MB, not {text}.")
+    return float(match[1]) * (1024 if match[3] else 1000) ** ("kmgt".index(match[2].lower()) + 1)
 
 
 def _one_sentence(message: str, parser: Any) -> str:

@@ -6,26 +6,32 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import lightning as L
 import torch
 from datasets import DatasetDict
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from zoo import checkpoint, hub, record
+from zoo import checkpoint, hub, ranks, record
 from zoo.calibration import default_calibration
 from zoo.cards import render_card
 from zoo.data import DataSpec, check_data, load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.errors import ZooError
+from zoo.estimate import Estimate, estimate
 from zoo.methods import create_model, method_id, presets, signature
 from zoo.metrics import ranking
 from zoo.module import AnomalyModule
 from zoo.nn.features import weights_at_hand
+from zoo.ranks import launched
+from zoo.resume import Unfinished, WholeFiles, checkpoint_to_resume
 from zoo.run import RunOptions, device_of
 
+LONG = 10  # batches: a longer fit is announced with the time and memory that it will take
 PIXEL_QUANTILE = 0.999
 PIXEL_SHIFT = 7  # bits of a pixel's score that its quantiles do without: exact to 2^-16 of the value, in a small table
 
@@ -68,6 +74,9 @@ def fit(
     arguments: dict[str, Any] | None = None,
     data_options: dict[str, Any] | None = None,
     run: RunOptions | None = None,
+    resume: bool = False,
+    checkpoint_minutes: float = 5.0,
+    memory_limit: float | None = None,
 ) -> tuple[AnomalyModule, dict[str, Any]]:
     """Fit a method on the normal training images of a data set.
 
@@ -78,6 +87,9 @@ def fit(
         preset: section values to start from; None takes `paper224` where its weights can be had.
         arguments: of the method's signature, over the preset's.
         data_options: fields of `DataOptions`, over the preset's.
+        resume: go on where an interrupted fit of this name stopped, if there is one; the result is the same.
+        checkpoint_minutes: between two checkpoints of a fit under way; 0 writes one after each batch.
+        memory_limit: bytes; a fit that needs more, by the estimate, is refused before it starts.
 
     Returns:
         The fitted model, in eval mode, with default thresholds from held-out normals, and its record.
@@ -85,7 +97,7 @@ def fit(
     Raises:
         ZooError: any mistake in the arguments or the images, in one sentence.
     """
-    run, arguments = run or RunOptions(), arguments or {}
+    run, arguments = _first_speaks(run or RunOptions()), arguments or {}
     method = method_id(method)
     place = hub.model_place(name) if name is not None else None
     if place is not None:
@@ -100,14 +112,21 @@ def fit(
     options = DataOptions(**(presets(method, preset).get("data", {}) | (data_options or {})))
     model.view = {"resize": options.resize, "crop": options.crop}
     module = AnomalyDataModule(_only("train", spec), input_size=model.size, seed=model.hparams.seed, **asdict(options))
-    _announce(model, module, run)
+    needs = _announce(model, module, run, memory_limit)
+    callbacks, path = [], None
+    if name is not None:
+        unfinished = Unfinished(hub.unfinished_place(name), checkpoint_minutes)
+        path = checkpoint_to_resume(unfinished.path, resume, run)
+        callbacks.append(unfinished)
     start = time.perf_counter()
-    with _quiet():
-        trainer = _trainer(run, max_epochs=1)
-        trainer.fit(model, datamodule=module)
+    with _quiet(), _ended(name):
+        trainer = _trainer(run, callbacks, max_epochs=1)
+        trainer.fit(model, datamodule=module, ckpt_path=path, weights_only=True)
     model.eval()
     seconds = {"fit": round(time.perf_counter() - start, 2)}
+    start = time.perf_counter()
     heldout = calibrate_on_heldout(model, module, trainer.strategy.root_device)
+    seconds["held_out"] = round(time.perf_counter() - start, 2)
     result = {
         "method": method,
         "configuration": {"preset": preset, "model": dict(model.hparams), "data": asdict(options)},
@@ -117,15 +136,21 @@ def fit(
         | {"images": module.num_train_images, "held_out": len(heldout), "broken": len(module.broken)},
         "seconds": seconds,
         "peak_memory_mb": record.peak_memory_mb(),
+        "processes": trainer.world_size,
         **record.environment(trainer.strategy.root_device),
     }
+    if needs is not None:
+        result["estimate"] = {"seconds": round(needs.seconds, 1), "memory_mb": round(needs.bytes / 2**20, 1)}
+    if path is not None:
+        result["resumed"] = True  # the seconds are those since then
     result["configuration"]["model"].pop("backbone_weights", None)  # a path of this machine
     private = {"heldout.csv": checkpoint.csv_text(["image", "score"], heldout)}
     if module.broken:
         private["broken.csv"] = checkpoint.csv_text(["image", "reason"], module.broken)
     _say_broken(module, run)
-    if place is not None:
+    if place is not None and trainer.is_global_zero:
         model.save_pretrained(place, result, private)
+        unfinished.discard()
     return model, result
 
 
@@ -150,7 +175,7 @@ def evaluate(
     Raises:
         ZooError: no test images, or only one class among them.
     """
-    run = run or RunOptions(precision=model.precision)
+    run = _first_speaks(run or RunOptions(precision=model.precision))
     spec, result = check_data(data), dict(result or {})
     if not sum(spec.counts["test"]):
         raise ZooError(f"--data {data} has no test images; add test/good and test/<kind>, or bad beside good.")
@@ -202,8 +227,11 @@ def calibrate_on_heldout(
                 scores = model(part.image.to(device))
             heldout += zip(part.name, scores.image.tolist(), strict=True)
             tables, shift = ranking.add(tables, shift, scores.map, torch.zeros_like(scores.map, dtype=torch.bool))
+    heldout = ranks.gather_list(heldout)
     if heldout:
-        median, high = _quantiles(ranking.merge(torch.cat(tables), shift)[0], (0.5, PIXEL_QUANTILE))
+        parts = ranks.gather((torch.cat(tables).cpu(), shift))
+        table, _ = ranking.merge(torch.cat([rows for rows, _ in parts]), max(shift for _, shift in parts))
+        median, high = _quantiles(table, (0.5, PIXEL_QUANTILE))
         model.calibration = default_calibration([score for _, score in heldout], high, median)
     return heldout
 
@@ -229,40 +257,82 @@ def _described(spec: DataSpec) -> dict[str, Any]:
     return {"name": spec.name, "fingerprint": spec.fingerprint}
 
 
-def _announce(model: AnomalyModule, module: AnomalyDataModule, run: RunOptions) -> None:
-    held = model.estimate_memory(module.num_train_images) / 2**20
-    run.say(
-        f"Fitting {model.method} on {module.num_train_images} normal image{'s' * (module.num_train_images != 1)} "
-        f"({len(module.holdout_set) or 'none'} held out); it holds about {held:,.0f} MB beside the network."
-    )
+def _announce(
+    model: AnomalyModule, module: AnomalyDataModule, run: RunOptions, memory_limit: float | None
+) -> Estimate | None:
+    """Say what is about to be done, and what it will need where that is worth asking.
+
+    Raises:
+        ZooError: more memory than the limit.
+    """
+    rank, world, _ = launched()
+    world = world if world > 1 else run.devices
+    images, held = module.num_train_images, len(module.holdout_set) or "none"
+    about = f"Fitting {model.method} on {images} normal image{'s' * (images != 1)} ({held} held out)"
+    long = images >= LONG * module.batch_size
+    if rank or not hasattr(model, "observe") or not (long or memory_limit):
+        run.say(f"{about}.")
+        return None
+    needs = estimate(model, module, device_of(run.device), world)
+    if memory_limit and needs.bytes > memory_limit:
+        raise ZooError(
+            f"This fit needs about {needs.bytes / 1e9:.1f} GB, more than --memory-limit {memory_limit / 1e9:.1f}GB; "
+            f"lower --batch-size{model.memory_options}."
+        )
+    run.say(f"{about}: {needs}.")
+    return needs
 
 
-def _trainer(run: RunOptions, **options: Any) -> L.Trainer:
+def _first_speaks(run: RunOptions) -> RunOptions:
+    """Of several processes only the first one tells and shows progress."""
+    return replace(run, progress=False, say=RunOptions.say) if launched()[0] else run
+
+
+def _trainer(run: RunOptions, callbacks: Sequence[L.Callback] = (), **options: Any) -> L.Trainer:
     device = device_of(run.device)
+    _, world, local = launched()
+    count = local if world > 1 else run.devices
+    one_of_many = device.type == "cuda" and count == 1
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
-        devices=[device.index or 0] if device.type == "cuda" else 1,
+        devices=[device.index or 0] if one_of_many else count,
+        num_nodes=max(world // local, 1),
+        strategy="ddp" if max(world, count) > 1 else "auto",
+        plugins=[WholeFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
         precision=run.precision,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=run.progress,
-        callbacks=[TQDMProgressBar(leave=True)] if run.progress else [],
-        use_distributed_sampler=False,  # the data module has its own
+        callbacks=[*callbacks, *([TQDMProgressBar(leave=True)] if run.progress else [])],
         num_sanity_val_steps=0,
         **options,
     )
 
 
 @contextlib.contextmanager
+def _ended(name: str | None) -> Iterator[None]:
+    """What Lightning makes of signals -> an interrupt, or one sentence."""
+    try:
+        yield
+    except SIGTERMException as error:
+        hint = "; the same command with --resume goes on" if name else ""
+        raise ZooError(f"The fit was asked to end{hint}.") from error
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+
+
+@contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Without Lightning's advice, which is meant for its developers."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
     try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -28,6 +28,11 @@ def model_place(name: str) -> Path:
     return registry() / name.replace("_", "-")
 
 
+def unfinished_place(name: str) -> Path:
+    """Where the checkpoint of a fit under way is kept, until its model is."""
+    return registry().parent / "unfinished" / model_place(name).name / "last.ckpt"
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Names in the local registry that match a shell pattern such as `miic-*`."""
     if not registry().is_dir():

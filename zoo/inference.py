@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo import checkpoint
+from zoo import checkpoint, ranks
 from zoo.errors import ZooError
 from zoo.image import EXTENSIONS, read_image, to_tensor
 from zoo.run import RunOptions, device_of
@@ -57,54 +57,80 @@ def predict_files(
 ) -> list[dict[str, Any]]:
     """Score files and write `heatmaps/`, `masks/`, predictions.csv and predictions.json into a folder.
 
+    Processes that were launched together (torchrun, srun) share the files; the first one writes the lists.
+
     Args:
         images: as from `find_images`.
         batch_size: files read and scored together.
         skip_broken: list an image that can't be read with the reason, instead of stopping.
 
     Returns:
-        One row an image, with the keys of `COLUMNS`.
+        One row an image, with the keys of `COLUMNS`, in the order of `images`.
 
     Raises:
         ZooError: a broken image, named; what was done before is written.
     """
+    if out.exists() and not out.is_dir():
+        raise ZooError(f"--out {out} is a file; name a folder.")
+    rank, world = ranks.connect()
+    model.to(device_of(run.device))
+    model.precision = run.precision
+    rows: dict[str, dict[str, Any]] = {}
+    failure: BaseException | None = None
+    try:
+        _predict_files(model, dict(list(images.items())[rank::world]), out, batch_size, skip_broken, run, rows)
+    except BaseException as error:  # whatever stops it, what was done is listed
+        failure = error
+    parts = ranks.gather((rows, str(failure) if failure else None))
+    rows = {name: row for part, _ in parts for name, row in part.items()}
+    done = [rows[name] for name in images if name in rows]
+    if rank == 0:
+        lines = [["" if row[key] is None else row[key] for key in COLUMNS] for row in done]
+        checkpoint.write_text(out / "predictions.csv", checkpoint.csv_text(COLUMNS, lines))
+        thresholds = model.calibration.to_dict() if model.calibration else {}
+        thresholds.pop("scores", None)
+        report = {"method": model.method, "calibration": thresholds or None, "images": done}
+        checkpoint.write_text(out / "predictions.json", checkpoint.dump(report))
+    if failure:
+        raise failure
+    for reason in filter(None, (reason for _, reason in parts)):
+        raise ZooError(reason)
+    return done
+
+
+def _predict_files(
+    model: "AnomalyModule",
+    images: dict[str, Path],
+    out: Path,
+    batch_size: int,
+    skip_broken: bool,
+    run: RunOptions,
+    rows: dict[str, dict[str, Any]],
+) -> None:
+    """Score this process's files; `rows` fills as they are done."""
     from rich.progress import track
 
     from zoo import plots
 
-    if out.exists() and not out.is_dir():
-        raise ZooError(f"--out {out} is a file; name a folder.")
-    model.to(device_of(run.device))
-    model.precision = run.precision
-    rows: list[dict[str, Any]] = []
     names = list(images)
     chunks = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
-    try:
-        for chunk in track(chunks, "Scoring", disable=not run.progress):
-            arrays, inputs = {}, []
-            for name in chunk:
-                try:
-                    array = read_image(images[name])
-                    inputs.append(to_tensor(array, images[name]))
-                    arrays[name] = array
-                except ZooError as error:
-                    if not skip_broken:
-                        raise ZooError(f"{str(error).rstrip('.')}; --skip-broken leaves it out") from error
-                    run.say(f"Left out: {error}")
-            for (name, array), prediction in zip(arrays.items(), model.predict(inputs), strict=True):
-                row = {"image": str(images[name]), "score": prediction.score, "p_value": prediction.p_value}
-                row |= {"is_anomalous": prediction.is_anomalous, "verdict": prediction.verdict}
-                row |= {"heatmap": f"heatmaps/{name}.png", "mask": None}
-                plots.save_png(out / row["heatmap"], plots.overlay(array, prediction.map, model.calibration))
-                if model.calibration:
-                    row["mask"] = f"masks/{name}.png"
-                    plots.save_png(out / row["mask"], plots.mask(prediction.map, model.calibration))
-                rows.append(row)
-    finally:
-        lines = [["" if row[key] is None else row[key] for key in COLUMNS] for row in rows]
-        checkpoint.write_text(out / "predictions.csv", checkpoint.csv_text(COLUMNS, lines))
-        thresholds = model.calibration.to_dict() if model.calibration else {}
-        thresholds.pop("scores", None)
-        report = {"method": model.method, "calibration": thresholds or None, "images": rows}
-        checkpoint.write_text(out / "predictions.json", checkpoint.dump(report))
-    return rows
+    for chunk in track(chunks, "Scoring", disable=not run.progress):
+        arrays, inputs = {}, []
+        for name in chunk:
+            try:
+                array = read_image(images[name])
+                inputs.append(to_tensor(array, images[name]))
+                arrays[name] = array
+            except ZooError as error:
+                if not skip_broken:
+                    raise ZooError(f"{str(error).rstrip('.')}; --skip-broken leaves it out") from error
+                run.say(f"Left out: {error}")
+        for (name, array), prediction in zip(arrays.items(), model.predict(inputs), strict=True):
+            row = {"image": str(images[name]), "score": prediction.score, "p_value": prediction.p_value}
+            row |= {"is_anomalous": prediction.is_anomalous, "verdict": prediction.verdict}
+            row |= {"heatmap": f"heatmaps/{name}.png", "mask": None}
+            plots.save_png(out / row["heatmap"], plots.overlay(array, prediction.map, model.calibration))
+            if model.calibration:
+                row["mask"] = f"masks/{name}.png"
+                plots.save_png(out / row["mask"], plots.mask(prediction.map, model.calibration))
+            rows[name] = row

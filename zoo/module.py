@@ -68,6 +68,7 @@ class AnomalyModule(L.LightningModule):
     """
 
     method: ClassVar[str]
+    memory_options: ClassVar[str] = ""  # options that lower the memory of a fit, as they end a sentence
     channels: ClassVar[int] = 3  # what the network takes; grey is repeated, colour is averaged
 
     def __init__(self, input_size: int | list[int], seed: int):
@@ -291,9 +292,17 @@ class AnomalyModule(L.LightningModule):
 
     # ---- keeping -----------------------------------------------------------------------------------------------------
 
+    def probe(self, batch: Batch) -> None:
+        """The part of `observe` that costs the same for each batch: it is timed before a fit."""
+        self.observe(batch)
+
     def estimate_memory(self, num_images: int) -> int:
-        """Bytes that a fit on so many images holds beside the network and one batch."""
+        """Bytes that a fit on so many images holds at its peak, beside the network and one batch."""
         return 0
+
+    def estimate_seconds(self, num_images: int, scored: int) -> float:
+        """Seconds that a fit on so many images, and scoring others, takes beside the network, on this device."""
+        return 0.0
 
     def private_state(self) -> dict[str, Any]:
         """JSON values that stay with the owner (image names): saved under `private/`, never published."""

@@ -26,7 +26,22 @@ def launched() -> tuple[int, int, int]:
     if "SLURM_PROCID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         world = int(env.get("SLURM_NTASKS", 1))
         return int(env["SLURM_PROCID"]), world, int(env.get("SLURM_NTASKS_PER_NODE", world))
-    return int(env.get("LOCAL_RANK", 0)), 1, 1  # Lightning's launcher starts `--devices` processes by itself
+    return int(env.get("LOCAL_RANK", 0)), 1, 1  # Lightning's own launcher: it knows how many there are
+
+
+def connect() -> tuple[int, int]:
+    """Join the processes that were launched together, over gloo; rank and number of processes."""
+    import torch.distributed as dist
+
+    rank, world, _ = launched()
+    if world > 1 and not dist.is_initialized():
+        if "MASTER_ADDR" not in os.environ:  # srun sets none
+            from lightning.pytorch.plugins.environments import SLURMEnvironment
+
+            cluster = SLURMEnvironment(auto_requeue=False)
+            os.environ |= {"MASTER_ADDR": cluster.main_address, "MASTER_PORT": str(cluster.main_port)}
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+    return rank_and_world()
 
 
 def rank_and_world() -> tuple[int, int]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from zoo.errors import ZooError
+from zoo.ranks import launched
 
 if TYPE_CHECKING:  # imported on use
     import torch
@@ -12,16 +13,20 @@ if TYPE_CHECKING:  # imported on use
 
 @dataclass
 class RunOptions:
-    """Device (`auto`, `cpu`, `cuda`, `cuda:N`), Lightning's precision, a progress bar or not, who is told."""
+    """Device (`auto`, `cpu`, `cuda`, `cuda:N`), how many of them, Lightning's precision, a progress bar, who is told.
+
+    Under torchrun or srun the launcher says how many devices there are.
+    """
 
     device: str = "auto"
+    devices: int = 1
     precision: str = "32-true"
     progress: bool = False
     say: Callable[[str], None] = lambda line: None
 
 
 def device_of(name: str) -> "torch.device":
-    """The device that a name stands for; `auto` is the accelerator where there is one.
+    """The device that a name stands for; `auto` is the accelerator where there is one, for each process its own.
 
     Raises:
         ZooError: a device that this machine doesn't have.
@@ -34,4 +39,7 @@ def device_of(name: str) -> "torch.device":
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if int(index or 0) >= count:
         raise ZooError(f"--device {name}: this machine has {count} of {kind}; take --device auto or cpu.")
+    rank, world, local = launched()
+    if name == "cuda" and world > 1:
+        name = f"cuda:{rank % local % count}"
     return torch.device(name)

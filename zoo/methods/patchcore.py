@@ -19,7 +19,7 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.module import AnomalyModule, Batch, Scores
-from zoo.nn.coreset import StreamingCoreset, greedy_coreset, nearest
+from zoo.nn.coreset import StreamingCoreset, estimate_search, greedy_coreset, nearest
 from zoo.nn.features import FeatureExtractor
 from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
 from zoo.nn.precision import full_precision
@@ -55,6 +55,7 @@ class PatchCore(AnomalyModule):
     """
 
     method = "patchcore"
+    memory_options = " or --bank-size"
 
     def __init__(
         self,
@@ -173,11 +174,29 @@ class PatchCore(AnomalyModule):
         distance = (vectors[:, None] - self.bank[around]).norm(dim=2)  # (B, count)
         return (1 - distance.softmax(1)[:, 0]) * (vectors - self.bank[index]).norm(dim=1)
 
+    def probe(self, batch: Batch) -> None:
+        self.embed(batch.image)
+
     def estimate_memory(self, num_images: int) -> int:
+        if self.hparams.coreset_ratio is None:
+            return self.stream.estimate_bytes(self.width)
+        held = 4 * self.width + 24 + 16 + 4 * (self.hparams.project_to or 0)  # vectors, sources, bounds, projections
+        return int(num_images * self._patches() * (held + 8 * self.width * self.hparams.coreset_ratio))
+
+    def estimate_seconds(self, num_images: int, scored: int) -> float:
+        device, patches, bank = self.bank.device, self._patches(), self.hparams.bank_size
+        if self.hparams.coreset_ratio is not None:  # one reduction of all patches
+            bank = round(self.hparams.coreset_ratio * num_images * patches)
+            width = self.hparams.project_to or self.width
+            learning = 4 * estimate_search(num_images * patches, bank, width, device)
+        else:
+            learning = self.stream.estimate_seconds(num_images * patches, self.width, device)
+        return learning + estimate_search(scored * patches, bank, self.width, device)
+
+    def _patches(self) -> int:
+        """Of one image."""
         stride = self.features.strides[0]
-        patches = num_images * (self.size[0] // stride) * (self.size[1] // stride)
-        held = patches if self.hparams.coreset_ratio is not None else self.stream.working_set + self.stream.CHUNK
-        return held * (4 * self.width + 24)
+        return (self.size[0] // stride) * (self.size[1] // stride)
 
     def fit_state(self) -> dict[str, Any]:
         return {"names": self.names, "kept": self.kept, "stream": self.stream.state_dict()}

@@ -4,6 +4,7 @@ Distances are Euclidean, float32 products of centred vectors, and float64 where 
 """
 
 import math
+import time
 from contextlib import contextmanager
 
 import torch
@@ -320,6 +321,24 @@ class StreamingCoreset:
         self.count, self.tau = len(pairs[0]), max(self.tau, other.tau)
         self._hold(*pairs)
 
+    def estimate_bytes(self, dimensions):
+        """At the peak, while the held vectors are reduced to half and copied."""
+        return (2 * (self.working_set + self.CHUNK) + self.working_set // 2) * (4 * dimensions + 40)
+
+    def estimate_seconds(self, count, dimensions, device):
+        """For a stream of `count` vectors: products of tiles, timed here, times a number of them that was fitted.
+
+        How many candidates an arrival meets depends on the data; the rule is that of synthetic SEM images (lite0's
+        features, banks of 2,000 and 10,000), where fewer and fewer are met as tau grows.
+        """
+        tile, chunks = _tile_seconds(dimensions, device), count / self.CHUNK
+        overflows = max(count / self.working_set, 1)
+        met = 0.75 * min(self.working_set, count) / (TILE // 2) * min(0.2 + 1.5 / math.sqrt(overflows), 1)
+        reductions = math.log2(overflows) + (overflows > 1)
+        pairs = self.working_set**2 / 2 / (TILE * TILE // 2)
+        last = min(0.75 * self.working_set, count) * min(self.size, count) / (TILE * TILE // 2)
+        return tile * (chunks * (2 + 2 * met * (overflows > 1)) + 4 * (reductions * pairs + last))
+
     def state_dict(self):
         """Tensors and plain numbers from which `load_state_dict` goes on bit for bit."""
         numbers = {name: getattr(self, name) for name in self.NUMBERS}
@@ -333,6 +352,22 @@ class StreamingCoreset:
             setattr(self, name, state[name])
         if "vectors" in state:
             self._hold(*(state[name] for name in self.TENSORS))
+
+
+def _tile_seconds(dimensions, device):
+    """Median time of one product of tiles, as a sieve does it."""
+    a, b = torch.randn(TILE, dimensions, device=device), torch.randn(TILE // 2, dimensions, device=device)
+    times = []
+    for _ in range(7):
+        begin = time.perf_counter()
+        float(_products(a, b).amin(1)[0])  # waits for the device
+        times.append(time.perf_counter() - begin)
+    return sorted(times)[3]
+
+
+def estimate_search(queries, bank_size, dimensions, device):
+    """Seconds that `nearest` takes for so many queries."""
+    return 1.5 * _tile_seconds(dimensions, device) * queries * bank_size / (TILE * TILE // 2)
 
 
 @torch.no_grad()

@@ -1,0 +1,69 @@
+"""What a fit will need, told before it starts: measured on two batches, and reckoned from there."""
+
+import math
+import time
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+
+from zoo import record
+from zoo.data.datamodule import AnomalyDataModule
+from zoo.module import AnomalyModule, Batch
+
+MARGIN = 1.05  # of memory: the allocator's waste
+
+
+class Estimate(NamedTuple):
+    """Seconds until the model is kept, held-out images included, and bytes at the peak."""
+
+    seconds: float
+    bytes: float
+
+    def __str__(self) -> str:
+        s = self.seconds
+        duration = f"{s / 3600:.1f} hours" if s > 5400 else f"{s / 60:.0f} min" if s > 120 else f"{max(s, 1):.0f} s"
+        return f"about {duration} and {self.bytes / 1e9:.1f} GB of memory"
+
+
+@torch.no_grad()
+def estimate(model: AnomalyModule, module: AnomalyDataModule, device: torch.device, world: int) -> Estimate:
+    """Time and peak memory of a fit by statistics; memory is the device's, of the process where that is the CPU.
+
+    Args:
+        model: not fitted; what the two batches leave in it is dropped.
+        world: processes that share the images.
+    """
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    model.to(device).num_train_images = module.num_train_images
+    for batch, seconds in _timed(module.train_dataloader()):  # the second one counts: the first warms up
+        begin = time.perf_counter()
+        with model.autocast():
+            model.probe(batch._replace(image=batch.image.to(device)))
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        each = (seconds + time.perf_counter() - begin) / len(batch.name)
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else record.peak_memory_mb() * 2**20
+    peak -= _bytes(model.fit_state())
+    model.forget()
+    images, scored = module.num_train_images / world, len(module.holdout_set) / world
+    seconds = each * (images + scored) + model.estimate_seconds(math.ceil(images), math.ceil(scored))
+    return Estimate(seconds, MARGIN * (peak + model.estimate_memory(math.ceil(images))))
+
+
+def _timed(loader: Iterable[Batch]) -> Iterator[tuple[Batch, float]]:
+    """The first two batches, and the seconds that each took to come."""
+    begin = time.perf_counter()
+    for batch in islice(loader, 2):
+        yield batch, time.perf_counter() - begin
+        begin = time.perf_counter()
+
+
+def _bytes(value: Any) -> int:
+    if isinstance(value, torch.Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        value = list(value.values())
+    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0

@@ -1,0 +1,81 @@
+"""An interrupted fit goes on: where its checkpoint lies, when it is written, and how without ever being torn."""
+
+import os
+import shutil
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from zoo.errors import ZooError
+from zoo.run import RunOptions
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Checkpoints are written beside their place and renamed there; Lightning's may be copied from another disk."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            with open(temporary, "wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+class Unfinished(L.Callback):
+    """Keeps the checkpoint of a fit that is under way.
+
+    Args:
+        path: of the checkpoint.
+        minutes: between two of them; one more is written when the run is asked to end (SIGTERM).
+    """
+
+    def __init__(self, path: Path, minutes: float):
+        self.path, self.minutes = path, minutes
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.saved = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        due = time.monotonic() - self.saved >= 60 * self.minutes
+        if trainer.strategy.broadcast(due):  # one answer for all processes
+            trainer.save_checkpoint(self.path)
+            self.saved = time.monotonic()
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException):  # raised between two batches
+            trainer.save_checkpoint(self.path)
+
+    def discard(self) -> None:
+        """Remove it: the fit is done, or begins anew."""
+        shutil.rmtree(self.path.parent, ignore_errors=True)
+
+
+def checkpoint_to_resume(path: Path, resume: bool, run: RunOptions) -> Path | None:
+    """The checkpoint of an unfinished fit to go on from, if it is wanted and there is one; says what happens.
+
+    Raises:
+        ZooError: it is damaged.
+    """
+    if not path.is_file():
+        if resume:
+            run.say("There is no unfinished fit of this name; it starts from the beginning.")
+        return None
+    if not resume:
+        run.say("An unfinished fit of this name is given up; --resume would have gone on with it.")
+        path.unlink(missing_ok=True)
+        return None
+    if not zipfile.is_zipfile(path):
+        raise ZooError(f"{path} is damaged; start the fit anew, without --resume.")
+    return path
