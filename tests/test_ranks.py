@@ -1,6 +1,10 @@
 """Two processes on one machine learn and measure what one does."""
 
+import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +63,90 @@ def test_images():
 
 
 test_images.__test__ = False
+
+
+def readme_commands():
+    """The commands of the README's section on several devices, with the places filled in by the caller."""
+    section = (JOB.parents[1] / "README.md").read_text().split("## Long fits")[1].split("\n## ")[0]
+    blocks = re.findall(r"```bash\n(.*?)```", section, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+
+
+SRUN = {
+    "SLURM_JOB_ID": "4242",
+    "SLURM_JOB_NAME": "fit",
+    "SLURM_NODELIST": "127.0.0.1",
+    "SLURM_NNODES": "1",
+    "SLURM_NODEID": "0",
+    "SLURM_NTASKS": "2",
+    "SLURM_NTASKS_PER_NODE": "2",
+}
+
+
+def test_commands_of_the_readme(mvtec, tmp_path, zoo_home, monkeypatch):
+    """Each one runs with two processes and leaves the model, record or list that one process leaves."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    (tmp_path / "data").symlink_to(mvtec)
+    (mvtec / "bad").exists() or (mvtec / "bad").symlink_to(mvtec / "test" / "square")
+    commands = readme_commands()
+    assert len(commands) == 7 and sum("torchrun" in line for line in commands) == 4
+    for line in commands:
+        line = line.replace("FOLDER", str(tmp_path / "data")).replace("HOST", "127.0.0.1")
+        line = line.replace("results", str(tmp_path / "results")).replace("--memory-limit 6GB", "--memory-limit 20GB")
+        if " fit " in line:
+            line += " --input-size 64" + (" --dims 20" if "padim" in line else " --bank-size 200")
+        launches = [(line, {})]
+        if "--node-rank 0" in line:
+            launches.append((line.replace("--node-rank 0", "--node-rank 1"), {}))
+        if line.startswith("srun "):
+            line = line.removeprefix("srun ")
+            launches = [(line, SRUN | {"SLURM_PROCID": str(r), "SLURM_LOCALID": str(r)}) for r in (0, 1)]
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        jobs = [subprocess.Popen(shlex.split(command), env=os.environ | env, **pipes) for command, env in launches]
+        said = [job.communicate(timeout=300) for job in jobs]
+        assert [job.returncode for job in jobs] == [0] * len(jobs), (line, said)
+        record = json.loads((zoo_home / "models" / "my-model" / "results.json").read_text())
+        if " fit " in line:
+            assert record["processes"] == (1 if "--resume --memory" in line else 2), line
+            assert sum(out.count("my-model in") for out, _ in said) == 1, said  # only the first process speaks
+        if "evaluate" in line:
+            assert record["metrics"]["image_auroc"] > 0.9
+            scores = (zoo_home / "models" / "my-model" / "private" / "scores.csv").read_text().splitlines()
+            assert len(scores) == len(set(scores)) == 13
+    rows = json.loads((tmp_path / "results" / "predictions.json").read_text())["images"]
+    assert [Path(row["image"]).name for row in rows] == [f"{i:03d}.png" for i in range(6)]
+    assert len(list((tmp_path / "results" / "heatmaps").iterdir())) == 6
+
+
+def test_predict_names_the_broken_file_of_another_process(mvtec, tmp_path, zoo_home):
+    from zoo.cli import main
+
+    fit = [
+        "fit",
+        "padim",
+        "--preset",
+        "lite",
+        "--input-size",
+        "64",
+        "--dims",
+        "20",
+        "--name",
+        "m",
+        "--data",
+        str(mvtec),
+    ]
+    assert main(fit) == 0
+    for i in range(5):
+        shutil.copy(mvtec / "test" / "good" / f"{i:03d}.png", tmp_path / f"{i}.png")
+    (tmp_path / "3.png").write_bytes(b"broken")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    command = [*launch, "zoo", "predict", "m", str(tmp_path), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0 and "3.png" in done.stderr and "--skip-broken" in done.stderr
+    skipped = subprocess.run([*command, "--skip-broken"], capture_output=True, text=True)
+    assert skipped.returncode == 0, skipped.stderr
+    rows = json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]
+    assert [Path(row["image"]).name for row in rows] == ["0.png", "1.png", "2.png", "4.png"]
 
 
 @METHODS

@@ -276,7 +276,7 @@ def _announce(
     needs = estimate(model, module, device_of(run.device), world)
     if memory_limit and needs.bytes > memory_limit:
         raise ZooError(
-            f"This fit needs about {needs.bytes / 1e9:.1f} GB, more than --memory-limit {memory_limit / 1e9:.1f}GB; "
+            f"This fit needs about {needs.bytes / 1e9:.1f} GB, more than --memory-limit {memory_limit / 1e9:.3g}GB; "
             f"lower --batch-size{model.memory_options}."
         )
     run.say(f"{about}: {needs}.")
