@@ -51,13 +51,14 @@ def data():
     return load_data("synthetic:train=60,size=32")
 
 
-def run(method, data, epochs=1, watch=None, workers=0, batch_size=5, **options):
+def run(method, data, epochs=1, watch=None, workers=0, batch_size=5, accumulate=1, **options):
     module = AnomalyDataModule(data, input_size=(32, 32), batch_size=batch_size, num_workers=workers, seed=3)
     assert len(module.train_dataloader()) == -(-40 // batch_size)
     watch, model = watch or Watch(), build(method)
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
+        accumulate_grad_batches=accumulate,
         callbacks=[watch],
         logger=False,
         enable_checkpointing=False,
@@ -130,6 +131,17 @@ def test_a_second_fit_starts_anew(method, data, tmp_path):
         L.Trainer(**options, callbacks=[Watch(tmp_path / "x.ckpt", (0, 3), stop=True)]).fit(model, datamodule=module)
     L.Trainer(**options, enable_checkpointing=False).fit(model, datamodule=module)
     same(model, whole(method, data, 1)[0])
+
+
+def test_gradients_that_are_still_accumulated_are_not_lost_silently(data, tmp_path):
+    path = tmp_path / "x.ckpt"
+    expected = run("learner", data, 2, accumulate=3)[0]
+    for moment in ((0, 6), (0, 8), (1, 3)):  # the last batch of an epoch is a step in any case
+        run("learner", data, 2, Watch(path, moment, stop=True), accumulate=3)
+        same(run("learner", data, 2, accumulate=3, ckpt_path=path, weights_only=True)[0], expected)
+    run("learner", data, 2, Watch(path, (0, 4), stop=True), accumulate=3)
+    with pytest.raises(ZooError, match="middle of a step"):
+        run("learner", data, 2, accumulate=3, ckpt_path=path)
 
 
 def _progress(content):

@@ -194,8 +194,10 @@ class AnomalyModule(L.LightningModule):
     def on_load_checkpoint(self, ckpt: dict[str, Any]) -> None:
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
-        now = ckpt["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
-        if now["started"] != now["processed"]:
+        progress = ckpt["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        now = progress["current"]
+        accumulating = now["processed"] % self.trainer.accumulate_grad_batches and not progress["is_last_batch"]
+        if now["started"] != now["processed"] or (accumulating and self.learns_by_gradient):
             raise ZooError("This checkpoint was taken in the middle of a step; resume from the one before it.")
         changed = [k for k, v in ckpt["hyper_parameters"].items() if self.hparams.get(k) != v]
         if changed:

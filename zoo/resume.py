@@ -47,7 +47,11 @@ class Unfinished(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.saved = time.monotonic()
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if (batch_idx + 1) % trainer.accumulate_grad_batches:  # gradients are not kept
+            return
         due = time.monotonic() - self.saved >= 60 * self.minutes
         if trainer.strategy.broadcast(due):  # one answer for all processes
             trainer.save_checkpoint(self.path)
