@@ -13,6 +13,7 @@ from typing import Any, Literal
 from zoo import checkpoint, hub
 from zoo.cards import METRICS
 from zoo.data import FORMS, check_data
+from zoo.data.prepare import prepare_data
 from zoo.errors import ZooError
 from zoo.inference import find_images, predict_files
 from zoo.methods import METHODS, list_methods, method_id, presets, signature, summary
@@ -26,6 +27,7 @@ USAGE = """usage: zoo COMMAND [--help]
   zoo fit METHOD --data DATA --name NAME
   zoo evaluate NAME --data DATA
   zoo predict NAME PATH... --out DIR   heatmaps, masks, CSV and JSON
+  zoo data prepare DATA                decode, verify, store at the working size
 """
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -227,7 +229,35 @@ def predict(argv: list[str]) -> None:
         print("The verdicts are uncalibrated: the threshold comes from a few held-out normals, no rate is stated.")
 
 
-COMMANDS = {"quickstart": quickstart, "list": list_, "fit": fit, "evaluate": evaluate, "predict": predict}
+def data(argv: list[str]) -> None:
+    if argv and argv[0] != "prepare" and not argv[0].startswith("-"):
+        raise ZooError(f"There is no command zoo data {argv[0]}; did you mean zoo data prepare?")
+    parser = _parser("data prepare", "Decode a data set once, check it and store it grey at the working size.")
+    parser.add_argument("data", help=FORMS)
+    parser.add_argument(
+        "--size", type=int | list[int], default=224, help="side of the stored images, or [height, width]"
+    )
+    parser.add_argument("--out", type=str | None, default=None, help="folder of the store; null: under $ZOO_HOME")
+    parser.add_argument("--num-workers", type=int | None, default=None, help="processes; null: one a core")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read and list them")
+    options = _parse(parser, argv[1:] if argv[:1] == ["prepare"] else argv)
+    size = (options.size, options.size) if isinstance(options.size, int) else tuple(options.size)
+    if len(size) != 2 or min(size) < 32:
+        raise ZooError(f"--size is one number or [height, width] of at least 32 pixels, not {options.size}.")
+    workers = len(os.sched_getaffinity(0)) if options.num_workers is None else options.num_workers
+    if workers < 0:
+        raise ZooError("--num-workers is at least 0.")
+    prepare_data(options.data, size, options.out, workers, options.skip_broken, sys.stderr.isatty())
+
+
+COMMANDS = {
+    "quickstart": quickstart,
+    "list": list_,
+    "fit": fit,
+    "evaluate": evaluate,
+    "predict": predict,
+    "data": data,
+}
 
 
 # ---- options ---------------------------------------------------------------------------------------------------------

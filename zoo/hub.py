@@ -33,6 +33,12 @@ def unfinished_place(name: str) -> Path:
     return registry().parent / "unfinished" / model_place(name).name / "last.ckpt"
 
 
+def store_place(name: str, fingerprint: str, size: tuple[int, int]) -> Path:
+    """Where a prepared data set is kept by default."""
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-.")[:60]
+    return registry().parent / "stores" / f"{plain}-{size[0]}x{size[1]}-{fingerprint[:8]}"
+
+
 def list_models(pattern: str = "*") -> list[str]:
     """Names in the local registry that match a shell pattern such as `miic-*`."""
     if not registry().is_dir():

@@ -119,7 +119,7 @@ def to_tensor(array: np.ndarray, name: object = None) -> torch.Tensor:
     import torch
 
     if array.dtype == np.uint8 or array.dtype == np.uint16:
-        array = array.astype(np.float32) / np.float32(np.iinfo(array.dtype).max)
+        array = np.divide(array, np.float32(np.iinfo(array.dtype).max), dtype=np.float32)
     elif array.dtype != np.float32:
         raise ZooError(
             f"{name or 'the image'} has type {array.dtype}; convert it to uint8, uint16 or float32 in [0, 1]"
@@ -129,8 +129,10 @@ def to_tensor(array: np.ndarray, name: object = None) -> torch.Tensor:
             f"{name or 'the float image'} has float values from {array.min():g} to {array.max():g} and no known "
             "full scale; divide all images by one fixed constant so that they lie in [0, 1], or save them as 16-bit"
         )
+    else:
+        array = array.copy()
     channels = array[None] if array.ndim == 2 else array.transpose(2, 0, 1)  # (C, H, W)
-    return torch.from_numpy(np.array(channels, dtype=np.float32, order="C"))
+    return torch.from_numpy(np.ascontiguousarray(channels))
 
 
 def resize(images: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -373,7 +375,7 @@ def _check(array: np.ndarray, where: str) -> np.ndarray:
             _fail(where, f"holds {array.dtype} values from {low} to {high}; rescale by a fixed constant to 0..65535")
         array = array.astype(np.uint8 if itemsize == 1 else np.uint16)
     elif kind == "u":
-        array = array.astype(array.dtype.newbyteorder("="))
+        array = array.astype(array.dtype.newbyteorder("="), copy=False)
     else:
         _fail(where, f"has pixels of type {array.dtype}; convert them to uint8, uint16 or float32")
     return np.ascontiguousarray(array)

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.data import folder, synthetic
+from zoo.data import folder, store, synthetic
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
 SYNTHETIC_VERSION = 1  # to be raised when the generator draws other images from the same options
-FORMS = "synthetic[:k=v,...] or a path to a folder"
+FORMS = "synthetic[:k=v,...] or a path to a folder (of images, or prepared)"
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,9 @@ def check_data(spec: str) -> DataSpec:
     if kind in ("miic", "hub") and not Path(spec).exists():
         raise ZooError(f"--data {spec}: this version reads {FORMS}.")
     path = Path(spec).expanduser()
+    if (path / store.INDEX).is_file():
+        index = store.read_index(path)
+        return DataSpec(index["name"], index["fingerprint"], index["counts"], None, path)
     splits = folder.scan(path)
     counts = {
         split: [sum(item.label == label for item in items) for label in (0, 1)] for split, items in splits.items()
@@ -66,4 +69,6 @@ def load_data(spec: str | DataSpec) -> "DatasetDict":
         ZooError: as `check_data`.
     """
     spec = check_data(spec) if isinstance(spec, str) else spec
-    return synthetic.load_synthetic(**spec.options) if spec.path is None else folder.load_folder(spec.path)
+    if spec.path is None:
+        return synthetic.load_synthetic(**spec.options)
+    return store.load_store(spec.path) if (spec.path / store.INDEX).is_file() else folder.load_folder(spec.path)

@@ -144,18 +144,37 @@ class _Images(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> Batch:
-        row = self.dataset[index]
-        image = to_tensor(read_image(row["image"]), row["path"])[None]  # (1, C, H, W)
-        mask = None if row["mask"] is None else torch.from_numpy(read_mask(row["mask"]))[None, None]  # (1, 1, H, W)
-        if mask is not None and mask.shape[-2:] != image.shape[-2:]:
-            sizes = f"{tuple(mask.shape[-2:])} against {tuple(image.shape[-2:])}"
-            raise ZooError(f"The mask of {row['path']} has another size than its image ({sizes}); redraw it.")
+        return self._item(self.dataset[index])
+
+    def __getitems__(self, indices: list[int]) -> list[Batch]:
+        """Of a batch at once: a `datasets` object takes as long for many rows as for one."""
+        rows = self.dataset[indices]
+        return [self._item(dict(zip(rows, values, strict=True))) for values in zip(*rows.values(), strict=True)]
+
+    def _item(self, row: dict[str, Any]) -> Batch:
+        array, mask, name = read_row(row)
+        image = to_tensor(array, name)[None]  # (1, C, H, W)
+        mask = None if mask is None else mask[None, None]  # (1, 1, H, W)
         if self.resize is not None:
             size = (self.resize, self.resize)
             image, mask = resize(image, size), None if mask is None else resize_mask(mask, size)
         if self.crop is not None:
             image, mask = _center_crop(image, self.crop), None if mask is None else _center_crop(mask, self.crop)
         return Batch(image, [row["path"]], torch.tensor([row["label"]]), mask)
+
+
+def read_row(row: dict[str, Any]) -> tuple[np.ndarray, Tensor | None, str]:
+    """A row of a data set, decoded: image (H, W) or (H, W, 3), mask (H, W) bool or None, name.
+
+    Raises:
+        ZooError: it can't be read, or the two differ in size.
+    """
+    image = read_image(row["image"])
+    mask = None if row["mask"] is None else torch.from_numpy(read_mask(row["mask"]))
+    if mask is not None and mask.shape != image.shape[:2]:
+        sizes = f"{tuple(mask.shape)} against {tuple(image.shape[:2])}"
+        raise ZooError(f"The mask of {row['path']} has another size than its image ({sizes}); redraw it.")
+    return image, mask, row["path"]
 
 
 def group_by_shape(items: list[Batch]) -> list[Batch]:

@@ -1,0 +1,286 @@
+"""A prepared data set: decoded once, grey, at the working size, in memory-mapped blocks that are checked when read.
+
+A store is a folder: `store.json` (what it was made from, its rows, the SHA-256 of each block) and blocks of 512 images,
+`train-00000.npy` (N, H, W) uint8 or uint16, with the masks of its defects in `train-00000.masks.npy` (M, H, W) bool.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from zoo.checkpoint import dump, write_text
+from zoo.errors import ZooError
+
+if TYPE_CHECKING:
+    import datasets
+    import torch
+
+FORMAT_VERSION = 1
+INDEX = "store.json"
+BLOCK = 512  # images; what a run that was killed does again
+CHUNK = 16  # images that a process sends at once
+SPLITS = ("train", "test")
+
+
+def read_index(place: Path) -> dict[str, Any]:
+    """The checked `store.json` of a store.
+
+    Raises:
+        ZooError: damaged, or of a newer format.
+    """
+    try:
+        index = json.loads((place / INDEX).read_text(encoding="utf-8"))
+        version = index["format_version"]
+        missing = {"name", "fingerprint", "source", "size", "counts", "blocks"} - index.keys()
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ZooError(f"{place / INDEX} is damaged; prepare the data anew: zoo data prepare DATA.") from error
+    if version != FORMAT_VERSION or missing:
+        raise ZooError(f"{place / INDEX} has format version {version}, not {FORMAT_VERSION}; prepare the data anew.")
+    return index
+
+
+def damaged_blocks(place: Path) -> list[str]:
+    """Names of the files of a store that are missing or differ from its index."""
+    blocks = [block for split in SPLITS for block in read_index(place)["blocks"][split]]
+    return [name for block in blocks for name, digest in block["sha256"].items() if _hash(place / name) != digest]
+
+
+def prepare(
+    data: datasets.DatasetDict,
+    source: dict[str, Any],
+    place: Path,
+    size: tuple[int, int],
+    workers: int,
+    skip_broken: bool = False,
+    tick: Callable[[int], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Decode, check, resize and write a data set; a run that was killed goes on with the next block.
+
+    Args:
+        data: splits with columns image, mask, label, path.
+        source: `name`, `fingerprint` and `counts` of what it is made from.
+        place: folder of the store; it appears when all is done.
+        size: (height, width) of the stored images: bilinear with antialias, rounded to the nearest grey level; masks by
+            nearest. Colour is averaged.
+        workers: processes that decode.
+        skip_broken: leave out images that can't be read, and list them.
+        tick: told the images done so far.
+
+    Returns:
+        The index, as it was written.
+
+    Raises:
+        ZooError: an image that can't be read, named, or a disk that refuses.
+    """
+    partial = place.with_name(f".{place.name}.partial")
+    about = {"format_version": FORMAT_VERSION, "source": source, "size": list(size), "skip_broken": skip_broken}
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        if _json(partial / "source.json") != json.loads(dump(about)):
+            shutil.rmtree(partial)
+            partial.mkdir()
+            write_text(partial / "source.json", dump(about))
+        blocks: dict[str, list[dict[str, Any]]] = {}
+        done = 0
+        for split in SPLITS:
+            rows = data[split]
+            parts = [range(first, min(first + BLOCK, len(rows))) for first in range(0, len(rows), BLOCK)]
+            stems = [partial / f"{split}-{i:05d}" for i in range(len(parts))]
+            blocks[split] = [_finished(stem) for stem in stems]
+            missing = [i for part, block in zip(parts, blocks[split], strict=True) if block is None for i in part]
+            decoded = _decoded(rows.select(missing), size, workers, skip_broken)
+            for i, (stem, part) in enumerate(zip(stems, parts, strict=True)):
+                if blocks[split][i] is None:
+                    blocks[split][i] = _write_block(stem, islice(decoded, len(part)))
+                done += len(part)
+                tick(done)
+        counts = {s: [sum(b["labels"].count(label) for b in blocks[s]) for label in (0, 1)] for s in SPLITS}
+        hashes = [block["sha256"] for split in SPLITS for block in blocks[split]]
+        fingerprint = hashlib.sha256(dump([about, hashes]).encode()).hexdigest()
+        index = {"format_version": FORMAT_VERSION, "name": source["name"], "fingerprint": fingerprint, "counts": counts}
+        index |= {"source": source, "size": list(size), "blocks": blocks}
+        write_text(partial / INDEX, dump(index))
+        for leftover in [*partial.glob("*.json")]:
+            if leftover.name != INDEX:
+                leftover.unlink()
+        os.rename(partial, place)
+    except OSError as error:
+        raise ZooError(f"{place} could not be written ({error}); what is done is kept for the next run.") from error
+    return index
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _finished(stem: Path) -> dict[str, Any] | None:
+    """What is known of a block that an earlier run has written, if its files are whole."""
+    block = _json(stem.with_suffix(".json"))
+    whole = block and all(_hash(stem.with_name(name)) == digest for name, digest in block["sha256"].items())
+    return block if whole else None
+
+
+def _hash(path: Path) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _write_block(stem: Path, decoded: Iterable[tuple]) -> dict[str, Any]:
+    images, masks, sha256 = [], [], {}
+    block: dict[str, Any] = {"paths": [], "labels": [], "masks": [], "broken": [], "colour": 0}
+    for path, label, found in decoded:
+        if isinstance(found, str):
+            block["broken"].append([path, found])
+            continue
+        image, mask, colour = found
+        block["colour"] += colour
+        block["paths"].append(path)
+        block["labels"].append(label)
+        block["masks"].append(None if mask is None else len(masks))
+        images.append(image)
+        if mask is not None:
+            masks.append(mask)
+    if any(image.dtype == np.uint16 for image in images):
+        images = [image if image.dtype == np.uint16 else image.astype(np.uint16) * 257 for image in images]
+    for name, arrays in (f"{stem.name}.npy", images), (f"{stem.name}.masks.npy", masks):
+        if arrays:
+            buffer = io.BytesIO()
+            np.save(buffer, np.stack(arrays), allow_pickle=False)
+            sha256[name] = hashlib.sha256(buffer.getbuffer()).hexdigest()
+            temporary = stem.with_name(f".{name}")
+            temporary.write_bytes(buffer.getbuffer())
+            temporary.replace(stem.with_name(name))
+    block["sha256"] = sha256
+    write_text(stem.with_suffix(".json"), dump(block))
+    return block
+
+
+def _decoded(rows: datasets.Dataset, size: tuple[int, int], workers: int, skip_broken: bool) -> Iterator[tuple]:
+    """(path, label, (image, mask, is colour) or the reason why it can't be read), in order."""
+    from torch.utils.data import DataLoader
+
+    decoder = _Decoder(rows, size, skip_broken)
+    for chunk in DataLoader(decoder, CHUNK, num_workers=workers, collate_fn=list):
+        yield from chunk
+
+
+class _Decoder:
+    """Row number -> decoded, resized and rounded."""
+
+    def __init__(self, rows: datasets.Dataset, size: tuple[int, int], skip_broken: bool):
+        self.rows, self.size, self.skip_broken = rows, size, skip_broken
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[str, int, Any]:
+        from zoo.data.datamodule import read_row
+
+        row = self.rows[index]
+        try:
+            return row["path"], row["label"], self._resized(*read_row(row))
+        except ZooError as error:
+            if not self.skip_broken:
+                raise
+            return row["path"], row["label"], str(error)
+
+    def _resized(self, array: np.ndarray, mask: torch.Tensor | None, name: str) -> tuple:
+        from zoo.image import resize, resize_mask, to_tensor
+
+        top = 255 if array.dtype == np.uint8 else 65535
+        image = to_tensor(array, name)[None]  # (1, C, H, W)
+        colour = image.shape[1] > 1 and bool((image != image[:, :1]).any())
+        image = resize(image.mean(1, keepdim=True) if colour else image[:, :1], self.size)[0, 0]  # (h, w)
+        grey = (image * top).round_().numpy().astype(np.uint8 if top == 255 else np.uint16)
+        return grey, None if mask is None else resize_mask(mask[None, None], self.size)[0, 0].numpy(), colour
+
+
+def load_store(place: Path) -> datasets.DatasetDict:
+    """A store as a data set: splits train and test, columns image, mask, label, path; pixels are read on use.
+
+    Raises:
+        ZooError: a damaged index; when a block is read, one whose hash differs from the index.
+    """
+    import datasets
+
+    index = read_index(place)
+    features = datasets.Features(
+        image=datasets.Value("int64"),
+        mask=datasets.Value("int64"),
+        label=datasets.ClassLabel(names=["normal", "anomalous"]),
+        path=datasets.Value("string"),
+    )
+    splits = {}
+    for split in SPLITS:
+        blocks = index["blocks"][split]
+        columns: dict[str, list] = {"mask": [], "label": [], "path": []}
+        masks = 0  # of the blocks before
+        for block in blocks:
+            columns["mask"] += [None if number is None else masks + number for number in block["masks"]]
+            columns["label"] += block["labels"]
+            columns["path"] += block["paths"]
+            masks += _masks(block)
+        columns["image"] = list(range(len(columns["path"])))
+        rows = _Rows(_Stack(place, split, blocks, "npy"), _Stack(place, split, blocks, "masks.npy"))
+        splits[split] = datasets.Dataset.from_dict(columns, features=features).with_transform(rows)
+    return datasets.DatasetDict(splits)
+
+
+class _Rows:
+    """The transform of the data set: numbers of images and masks -> arrays."""
+
+    def __init__(self, images: _Stack, masks: _Stack):
+        self.stacks = {"image": images, "mask": masks}
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        for column, stack in self.stacks.items():
+            if column in batch:
+                batch[column] = [None if number is None else stack[number] for number in batch[column]]
+        return batch
+
+
+class _Stack:
+    """The arrays of all blocks of one kind, one after the other; each block is mapped and checked on first use."""
+
+    def __init__(self, place: Path, split: str, blocks: list[dict[str, Any]], ending: str):
+        names = [f"{split}-{i:05d}.{ending}" for i in range(len(blocks))]
+        kept = [(name, block) for name, block in zip(names, blocks, strict=True) if name in block["sha256"]]
+        self.paths = [place / name for name, _ in kept]
+        self.hashes = [block["sha256"][name] for name, block in kept]
+        counts = [_masks(block) if "masks" in ending else len(block["paths"]) for _, block in kept]
+        self.starts = [0, *np.cumsum(counts).tolist()]
+        self.maps: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        block = bisect_right(self.starts, number) - 1
+        if block not in self.maps:
+            path = self.paths[block]
+            if _hash(path) != self.hashes[block]:
+                raise ZooError(f"{path} is missing or damaged; remove {path.parent} and prepare the data anew.")
+            self.maps[block] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.array(self.maps[block][number - self.starts[block]])
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process: it maps the blocks itself."""
+        return self.__dict__ | {"maps": {}}
+
+
+def _masks(block: dict[str, Any]) -> int:
+    return sum(number is not None for number in block["masks"])
