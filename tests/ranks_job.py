@@ -5,6 +5,7 @@ from pathlib import Path
 
 import lightning as L
 import torch
+from learner import Learner
 
 from zoo import ranks
 from zoo.data import load_data
@@ -41,6 +42,8 @@ class Seen(L.Callback):
 
 
 def build(method):
+    if method == "learner":
+        return Learner(input_size=SIZE)
     return create_model(method, "lite", input_size=SIZE, **SMALL.get(method, {}))
 
 
@@ -88,7 +91,7 @@ def record(metrics):
 def main(out):
     rank, world, _ = ranks.launched()
     results = {}
-    for method in list_methods():
+    for method in [*list_methods(), "learner"]:
         seen, module, model = Seen(), data(), build(method)
         trainer(world, seen).fit(model, datamodule=module)
         trainer(world, seen).validate(model, dataloaders=module.test_dataloader(), verbose=False)
@@ -103,8 +106,9 @@ def main(out):
             seen.names[f"predict {count + 1}"] = alone.names.get("predict", [])
         one = AnomalyDataModule(load_data(f"synthetic:train=1,good=1,defect=1,size={SIZE}"))
         tiny, only = build(method), Seen()
-        trainer(world, only).fit(tiny, datamodule=one)  # one image, two processes
-        seen.names["fit of one"] = only.names["fit"]
+        if not tiny.learns_by_gradient:
+            trainer(world, only).fit(tiny, datamodule=one)  # one image, two processes
+        seen.names["fit of one"] = only.names.get("fit", [])
 
         path = out / f"{method}.ckpt"
         trainer(world, Save(path, 3)).fit(build(method), datamodule=data())

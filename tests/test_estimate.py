@@ -10,6 +10,8 @@ from zoo.cli import main
 DATA = "synthetic:train=400,size=64"
 OPTIONS = {
     "padim": ["--dims", "60", "--input-size", "128"],
+    "padim wide": ["--dims", "176", "--input-size", "192"],
+    "padim wide by two": ["--dims", "176", "--input-size", "192", "--devices", "2"],
     "patchcore": ["--bank-size", "3000", "--input-size", "128"],
     "patchcore ratio": ["--coreset-ratio", "0.05", "--input-size", "64"],
 }
@@ -32,5 +34,7 @@ def test_memory_limit_is_honoured_beforehand(capsys, zoo_home):
     assert "--memory-limit 0.05GB" in said and "--batch-size or --dims" in said and said.count("\n") == 1
     assert not (zoo_home / "models" / "m").exists()
     assert main([*command, "--memory-limit", "200GiB"]) == 0
+    large = [*command, "--input-size", "1024", "--dims", "170", "--memory-limit", "2GB"]
+    assert main(large) == 2 and "at least" in capsys.readouterr().err  # without a look at a batch
     for wrong in ("6", "0GB", "many"):
         assert main([*command, "--memory-limit", wrong]) == 2 and "such as 6GB" in capsys.readouterr().err

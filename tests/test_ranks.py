@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -145,6 +146,7 @@ def test_predict_names_the_broken_file_of_another_process(mvtec, tmp_path, zoo_h
     assert done.returncode != 0 and "3.png" in done.stderr and "--skip-broken" in done.stderr
     skipped = subprocess.run([*command, "--skip-broken"], capture_output=True, text=True)
     assert skipped.returncode == 0, skipped.stderr
+    assert skipped.stdout.count("Left out") == 1 and "3.png" in skipped.stdout
     rows = json.loads((tmp_path / "out" / "predictions.json").read_text())["images"]
     assert [Path(row["image"]).name for row in rows] == ["0.png", "1.png", "2.png", "4.png"]
 
@@ -211,11 +213,40 @@ def test_per_image_scores_are_gathered_in_the_order_of_the_data(both, method):
         assert (name, label) == expected[:2] and score == pytest.approx(expected[2], rel=1e-4)
 
 
-@METHODS
+@pytest.mark.parametrize("method", [*list_methods(), "learner"])
 def test_resumed_as_if_never_stopped(both, method):
-    for found in both:
+    for found in both[:1] if method == "learner" else both:  # BatchNorm's statistics are each process's own
         for name, tensor in found[method]["state"].items():
             assert torch.equal(tensor, found[method]["resumed"][name]), name
+
+
+def test_resume_by_the_command_line_needs_one_home(tmp_path, zoo_home, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    fit = "zoo fit padim --preset lite --input-size 64 --dims 20 --data synthetic:train=200,size=64 --batch-size 2"
+    fit += " --checkpoint-minutes 0 --name"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    subprocess.run([*launch, *f"{fit} whole".split()], check=True)
+    job = subprocess.Popen([*launch, *f"{fit} ended".split()], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    path = zoo_home / "unfinished" / "ended" / "last.ckpt"
+    while not path.exists() and job.poll() is None:
+        time.sleep(0.01)
+    job.terminate()
+    job.wait()
+    assert path.exists() and not (zoo_home / "models" / "ended").exists()
+    apart = f"[ $RANK = 1 ] && export ZOO_HOME={tmp_path / 'other'}; {fit} ended --resume"
+    failed = subprocess.run([*launch, "bash", "-c", apart], capture_output=True, text=True, timeout=100)
+    assert failed.returncode != 0 and "on a shared disk" in failed.stderr
+    subprocess.run([*launch, *f"{fit} ended --resume".split()], check=True)
+    models = [zoo_home / "models" / name / "model.safetensors" for name in ("whole", "ended")]
+    assert models[0].read_bytes() == models[1].read_bytes()
+
+
+def test_slurm_is_asked_rightly(monkeypatch, capsys):
+    from zoo.cli import main
+
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert main(["list"]) == 2 and "--ntasks-per-node" in capsys.readouterr().err
 
 
 @METHODS

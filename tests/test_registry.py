@@ -14,6 +14,7 @@ from sklearn.metrics import roc_auc_score
 
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
+from zoo.errors import ZooError
 from zoo.fit import evaluate, fit
 from zoo.hub import from_pretrained, model_place
 from zoo.methods import create_model, list_methods, method_class, signature
@@ -199,6 +200,29 @@ def test_lightning_checkpoint_resumes(fitted, method, mvtec, tmp_path):
     loaded = method_class(method).load_from_checkpoint(path, weights_only=True).eval()
     with torch.inference_mode():
         assert torch.equal(loaded(images(2)).map, model.eval()(images(2)).map)
+
+
+@METHODS
+def test_fits_with_validation_in_a_plain_trainer(method, mvtec):
+    """Sanity check, twice within the epoch and at its end: there is something to measure once the pass is over."""
+    model = create_model(method, "lite", **small(method))
+    data = AnomalyDataModule(load_data(str(mvtec)), input_size=model.size, batch_size=4)
+    options = dict(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False)
+    trainer = L.Trainer(**options, enable_checkpointing=False, val_check_interval=0.5)
+    trainer.fit(model, data.train_dataloader(), data.test_dataloader())
+    assert trainer.callback_metrics["image_auroc"] > 0.9 and len(model.scored) == 12
+
+
+@METHODS
+def test_what_is_not_fitted_says_so(method, mvtec):
+    model = create_model(method, "lite", **small(method))
+    if not hasattr(model, "observe"):
+        pytest.skip("scores from the start")
+    data = AnomalyDataModule(load_data(str(mvtec)), input_size=model.size)
+    with pytest.raises(ZooError, match="fit it first"):
+        model.predict(images(1)[0])
+    with pytest.raises(ZooError, match="fit it first"):
+        L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).test(model, datamodule=data)
 
 
 @METHODS

@@ -12,6 +12,7 @@ import lightning as L
 import pytest
 import torch
 from learner import Learner
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
@@ -46,22 +47,31 @@ class Watch(L.Callback):
                 raise KeyboardInterrupt
 
 
+def load(spec):
+    data = load_data(spec)
+    data.fingerprint = spec
+    return data
+
+
 @pytest.fixture(scope="module")
 def data():
-    return load_data("synthetic:train=60,size=32")
+    return load("synthetic:train=60,size=32")
 
 
-def run(method, data, epochs=1, watch=None, workers=0, batch_size=5, accumulate=1, **options):
-    module = AnomalyDataModule(data, input_size=(32, 32), batch_size=batch_size, num_workers=workers, seed=3)
+def run(method, data, epochs=1, watch=None, workers=0, batch_size=5, accumulate=1, keep=None, max_steps=-1, **options):
+    module = AnomalyDataModule(
+        data, input_size=(32, 32), batch_size=batch_size, num_workers=workers, seed=3, fingerprint=data.fingerprint
+    )
     assert len(module.train_dataloader()) == -(-40 // batch_size)
     watch, model = watch or Watch(), build(method)
     trainer = L.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
+        max_steps=max_steps,
         accumulate_grad_batches=accumulate,
-        callbacks=[watch],
+        callbacks=[watch, keep] if keep else [watch],
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=keep is not None,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
@@ -144,6 +154,33 @@ def test_gradients_that_are_still_accumulated_are_not_lost_silently(data, tmp_pa
         run("learner", data, 2, accumulate=3, ckpt_path=path)
 
 
+@METHODS
+@pytest.mark.parametrize("options", [{"every_n_train_steps": 3}, {"every_n_train_steps": 8}, {"every_n_epochs": 1}])
+def test_lightnings_own_checkpoints(method, options, data, tmp_path):
+    keep = ModelCheckpoint(tmp_path, "{epoch}-{step}", save_top_k=-1, **options)
+    expected, names = run(method, data, 2, keep=keep)
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    assert len(paths) == 16 // options.get("every_n_train_steps", 8)
+    for path in paths:
+        model, then = run(method, data, 2, ckpt_path=path, weights_only=True)
+        assert names[len(names) - len(then) :] == then
+        same(model, expected)
+
+
+@METHODS
+def test_max_steps(method, data, tmp_path):
+    """A pass that it cuts short is learned from; at the end of an epoch Lightning would not go on rightly."""
+    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
+    expected, names = run(method, data, -1, keep=keep, max_steps=11)
+    assert len(names) == 55
+    for step in (3, 9, 11):
+        model, then = run(method, data, -1, max_steps=11, ckpt_path=tmp_path / f"step={step}.ckpt", weights_only=True)
+        assert names[5 * step :] == then
+        same(model, expected)
+    with pytest.raises(ZooError, match="give max_epochs"):
+        run(method, data, -1, max_steps=11, ckpt_path=tmp_path / "step=8.ckpt", weights_only=True)
+
+
 def _progress(content):
     return content["loops"]["fit_loop"]["epoch_loop.batch_progress"]["current"]
 
@@ -153,8 +190,11 @@ def test_a_resume_is_refused_where_it_would_not_be_exact(data, tmp_path):
     run("padim", data, watch=Watch(path, (0, 3)))
     with pytest.raises(ZooError, match="other images"):
         run("padim", data, batch_size=4, ckpt_path=path)
+    with pytest.raises(ZooError, match="other images"):
+        run("padim", load("synthetic:train=60,size=32,seed=1"), ckpt_path=path)
     for change, match in [
         (lambda content: content["hyper_parameters"].update(ridge=0.5), "ridge"),
+        (lambda content: content.update(precision="bf16-mixed"), "precision"),
         (lambda content: content["fit_state"].append({}), "2 processes"),
         (lambda content: _progress(content).update(started=4), "middle of a step"),
     ]:
@@ -200,7 +240,7 @@ def same_results(folder, expected):
 def test_killed_and_resumed(method, tmp_path):
     """The short form of tests/bench/kill.py."""
     assert start_job(method, tmp_path / "whole").wait() == 0
-    kill_and_resume(method, tmp_path / "killed", random.uniform(0.02, 0.3))
+    assert kill_and_resume(method, tmp_path / "killed", random.uniform(0.02, 0.3))
     same_results(tmp_path / "killed", tmp_path / "whole")
 
 
@@ -241,4 +281,4 @@ def test_what_resume_says(capsys, zoo_home):
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half")
     assert main([*fit, "--resume"]) == 2 and "damaged" in capsys.readouterr().err
-    assert main(fit) == 0 and "given up" in capsys.readouterr().out and not path.exists()
+    assert main(fit) == 0 and "will be given up" in capsys.readouterr().out and not path.exists()

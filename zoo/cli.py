@@ -39,9 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE, end="")
         return 0
-    if launched()[0]:  # of several processes the first one speaks
-        sys.stdout = open(os.devnull, "w")
     try:
+        if launched()[0]:  # of several processes the first one speaks
+            sys.stdout = open(os.devnull, "w")
         command = COMMANDS.get(argv[0])
         if command is None:
             near = difflib.get_close_matches(argv[0], COMMANDS, n=1) or ["--help"]

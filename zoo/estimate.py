@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -32,7 +32,7 @@ def estimate(model: AnomalyModule, module: AnomalyDataModule, device: torch.devi
     """Time and peak memory of a fit by statistics; memory is the device's, of the process where that is the CPU.
 
     Args:
-        model: not fitted; what the two batches leave in it is dropped.
+        model: not fitted; it stays so.
         world: processes that share the images.
     """
     if device.type == "cuda":
@@ -46,11 +46,9 @@ def estimate(model: AnomalyModule, module: AnomalyDataModule, device: torch.devi
             torch.cuda.synchronize(device)
         each = (seconds + time.perf_counter() - begin) / len(batch.name)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else record.peak_memory_mb() * 2**20
-    peak -= _bytes(model.fit_state())
-    model.forget()
     images, scored = module.num_train_images / world, len(module.holdout_set) / world
     seconds = each * (images + scored) + model.estimate_seconds(math.ceil(images), math.ceil(scored))
-    return Estimate(seconds, MARGIN * (peak + model.estimate_memory(math.ceil(images))))
+    return Estimate(seconds, MARGIN * (peak + model.estimate_memory(math.ceil(images), world)))
 
 
 def _timed(loader: Iterable[Batch]) -> Iterator[tuple[Batch, float]]:
@@ -59,11 +57,3 @@ def _timed(loader: Iterable[Batch]) -> Iterator[tuple[Batch, float]]:
     for batch in islice(loader, 2):
         yield batch, time.perf_counter() - begin
         begin = time.perf_counter()
-
-
-def _bytes(value: Any) -> int:
-    if isinstance(value, torch.Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        value = list(value.values())
-    return sum(map(_bytes, value)) if isinstance(value, list | tuple) else 0

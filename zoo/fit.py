@@ -14,6 +14,7 @@ import torch
 from datasets import DatasetDict
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from zoo import checkpoint, hub, ranks, record
@@ -111,7 +112,13 @@ def fit(
     model.precision = run.precision
     options = DataOptions(**(presets(method, preset).get("data", {}) | (data_options or {})))
     model.view = {"resize": options.resize, "crop": options.crop}
-    module = AnomalyDataModule(_only("train", spec), input_size=model.size, seed=model.hparams.seed, **asdict(options))
+    module = AnomalyDataModule(
+        _only("train", spec),
+        input_size=model.size,
+        seed=model.hparams.seed,
+        fingerprint=spec.fingerprint,
+        **asdict(options),
+    )
     needs = _announce(model, module, run, memory_limit)
     callbacks, path = [], None
     if name is not None:
@@ -270,15 +277,17 @@ def _announce(
     images, held = module.num_train_images, len(module.holdout_set) or "none"
     about = f"Fitting {model.method} on {images} normal image{'s' * (images != 1)} ({held} held out)"
     long = images >= LONG * module.batch_size
+    if memory_limit and not hasattr(model, "observe"):
+        raise ZooError("--memory-limit can't be reckoned for a method that learns by gradient; leave it out.")
     if rank or not hasattr(model, "observe") or not (long or memory_limit):
         run.say(f"{about}.")
         return None
-    needs = estimate(model, module, device_of(run.device), world)
-    if memory_limit and needs.bytes > memory_limit:
-        raise ZooError(
-            f"This fit needs about {needs.bytes / 1e9:.1f} GB, more than --memory-limit {memory_limit / 1e9:.3g}GB; "
-            f"lower --batch-size{model.memory_options}."
-        )
+    least = model.estimate_memory(math.ceil(images / world), world)  # known without a look at a batch
+    needs = estimate(model, module, device_of(run.device), world) if least <= (memory_limit or math.inf) else None
+    if memory_limit and (needs is None or needs.bytes > memory_limit):
+        need = f"about {needs.bytes / 1e9:.1f}" if needs else f"at least {least / 1e9:.1f}"
+        limit = f"--memory-limit {memory_limit / 1e9:.3g}GB"
+        raise ZooError(f"This fit needs {need} GB, more than {limit}; lower --batch-size{model.memory_options}.")
     run.say(f"{about}: {needs}.")
     return needs
 
@@ -297,7 +306,7 @@ def _trainer(run: RunOptions, callbacks: Sequence[L.Callback] = (), **options: A
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=[device.index or 0] if one_of_many else count,
         num_nodes=max(world // local, 1),
-        strategy="ddp" if max(world, count) > 1 else "auto",
+        strategy=DDPStrategy(timeout=ranks.PATIENCE) if max(world, count) > 1 else "auto",
         plugins=[WholeFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
         precision=run.precision,
         logger=False,

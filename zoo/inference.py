@@ -76,14 +76,19 @@ def predict_files(
     model.to(device_of(run.device))
     model.precision = run.precision
     rows: dict[str, dict[str, Any]] = {}
+    broken: list[str] = []
     failure: BaseException | None = None
     try:
-        _predict_files(model, dict(list(images.items())[rank::world]), out, batch_size, skip_broken, run, rows)
+        share = dict(list(images.items())[rank::world])
+        _predict_files(model, share, out, batch_size, broken if skip_broken else None, run.progress and not rank, rows)
     except BaseException as error:  # whatever stops it, what was done is listed
         failure = error
-    parts = ranks.gather((rows, str(failure) if failure else None))
-    rows = {name: row for part, _ in parts for name, row in part.items()}
+    parts = ranks.gather((rows, broken, None if failure is None else str(failure) or repr(failure)))
+    rows = {name: row for part, *_ in parts for name, row in part.items()}
     done = [rows[name] for name in images if name in rows]
+    for _, reasons, _ in parts:
+        for reason in reasons:
+            run.say(f"Left out: {reason}")
     if rank == 0:
         lines = [["" if row[key] is None else row[key] for key in COLUMNS] for row in done]
         checkpoint.write_text(out / "predictions.csv", checkpoint.csv_text(COLUMNS, lines))
@@ -91,10 +96,11 @@ def predict_files(
         thresholds.pop("scores", None)
         report = {"method": model.method, "calibration": thresholds or None, "images": done}
         checkpoint.write_text(out / "predictions.json", checkpoint.dump(report))
-    if failure:
+    if failure is not None:
         raise failure
-    for reason in filter(None, (reason for _, reason in parts)):
-        raise ZooError(reason)
+    for *_, reason in parts:
+        if reason is not None:
+            raise ZooError(reason)
     return done
 
 
@@ -103,18 +109,18 @@ def _predict_files(
     images: dict[str, Path],
     out: Path,
     batch_size: int,
-    skip_broken: bool,
-    run: RunOptions,
+    broken: list[str] | None,
+    progress: bool,
     rows: dict[str, dict[str, Any]],
 ) -> None:
-    """Score this process's files; `rows` fills as they are done."""
+    """Score this process's files; `rows` fills as they are done, `broken` with reasons unless it is None."""
     from rich.progress import track
 
     from zoo import plots
 
     names = list(images)
     chunks = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
-    for chunk in track(chunks, "Scoring", disable=not run.progress):
+    for chunk in track(chunks, "Scoring", disable=not progress):
         arrays, inputs = {}, []
         for name in chunk:
             try:
@@ -122,9 +128,9 @@ def _predict_files(
                 inputs.append(to_tensor(array, images[name]))
                 arrays[name] = array
             except ZooError as error:
-                if not skip_broken:
+                if broken is None:
                     raise ZooError(f"{str(error).rstrip('.')}; --skip-broken leaves it out") from error
-                run.say(f"Left out: {error}")
+                broken.append(str(error))
         for (name, array), prediction in zip(arrays.items(), model.predict(inputs), strict=True):
             row = {"image": str(images[name]), "score": prediction.score, "p_value": prediction.p_value}
             row |= {"is_anomalous": prediction.is_anomalous, "verdict": prediction.verdict}

@@ -109,6 +109,8 @@ class AnomalyModule(L.LightningModule):
             if batch.name:  # more processes than images
                 self.observe(batch)
         self.observed += 1
+        if self.observed == self.pass_length:  # before Lightning validates
+            self._finish_pass()
         # One process may return nothing; Lightning refuses that of several, and then gets a loss of no parameter.
         return None if self.trainer.world_size == 1 else torch.zeros((), device=self.device, requires_grad=True)
 
@@ -132,10 +134,10 @@ class AnomalyModule(L.LightningModule):
             strategy.configure_ddp = lambda: None  # there is nothing to reduce, and torch's wrapper refuses
 
     def on_fit_start(self) -> None:
+        if len(set(ranks.gather(self.observed))) > 1:
+            raise ZooError("Not all processes found the checkpoint; give them one $ZOO_HOME on a shared disk.")
         if self.observed:  # resumed: a checkpoint is read into main memory
             self.load_fit_state(move_data_to_device(self.fit_state(), self.device))
-        if self.observed and self.observed == self.pass_length:  # at the very end of a pass
-            self._finish_pass()
 
     def on_train_start(self) -> None:
         self.num_train_images = len(self.trainer.train_dataloader.dataset)
@@ -147,8 +149,10 @@ class AnomalyModule(L.LightningModule):
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
 
     def on_train_epoch_end(self) -> None:
-        if self.observed:
+        if self.observed:  # the pass was cut short, by max_steps or a callback
             self._finish_pass()
+
+    on_fit_end = on_train_epoch_end  # resumed where nothing was left to do
 
     def _finish_pass(self) -> None:
         """Merge what all processes have gathered, learn from it in the first one, and give the result to all."""
@@ -188,10 +192,12 @@ class AnomalyModule(L.LightningModule):
         state = self.fit_state()
         if rank:
             ranks.send(state, 0)
-        ckpt["fit_state"] = [state] + [ranks.receive(r, torch.device("cpu")) for r in range(1, world) if not rank]
-        ckpt["observed"], ckpt["pass_length"] = self.observed, self.pass_length
+        others = (ranks.receive(source, self.device) for source in range(1, world) if not rank)
+        ckpt["fit_state"] = [state, *(move_data_to_device(other, "cpu") for other in others)]
+        ckpt["observed"], ckpt["precision"], ckpt["private"] = self.observed, self.precision, self.private_state()
 
     def on_load_checkpoint(self, ckpt: dict[str, Any]) -> None:
+        self.load_private_state(ckpt["private"])
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         progress = ckpt["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -199,7 +205,11 @@ class AnomalyModule(L.LightningModule):
         accumulating = now["processed"] % self.trainer.accumulate_grad_batches and not progress["is_last_batch"]
         if now["started"] != now["processed"] or (accumulating and self.learns_by_gradient):
             raise ZooError("This checkpoint was taken in the middle of a step; resume from the one before it.")
-        changed = [k for k, v in ckpt["hyper_parameters"].items() if self.hparams.get(k) != v]
+        if progress["is_last_batch"] and self.trainer.max_steps != -1:  # there Lightning 2.6 takes one batch too many
+            raise ZooError("This checkpoint ends an epoch, where a fit by max_steps doesn't resume; give max_epochs.")
+        before = ckpt["hyper_parameters"] | {"precision": ckpt["precision"]}
+        now = self.hparams | {"precision": self.precision}
+        changed = [key for key, value in before.items() if now.get(key) != value]
         if changed:
             raise ZooError(f"This checkpoint belongs to another configuration ({changed[0]} differs); start anew.")
         rank, world = ranks.rank_and_world()
@@ -207,7 +217,7 @@ class AnomalyModule(L.LightningModule):
             before = len(ckpt["fit_state"])
             raise ZooError(f"This checkpoint was taken by {before} processes and goes on with as many, not {world}.")
         self.load_fit_state(ckpt["fit_state"][rank])
-        self.observed, self.pass_length = ckpt["observed"], ckpt["pass_length"]
+        self.observed = ckpt["observed"]
 
     # ---- validation and test -----------------------------------------------------------------------------------------
 
@@ -215,18 +225,29 @@ class AnomalyModule(L.LightningModule):
         self.metrics.reset()
         self.scored = []
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether there is something to score with: what a pass learns is empty before it."""
+        return all(buffer.numel() for buffer in self.buffers(recurse=False))
+
     def validation_step(self, batch: Batch | list[Batch], index: int) -> None:
+        if not self.is_fitted:  # Lightning validates within the first pass
+            return
         for part in [batch] if isinstance(batch, Batch) else batch:  # a list: one batch for each image size
             scores = self(part.image, part.roi)
             self.metrics.update(scores.image, scores.map, part.label, part.mask, part.roi)
             self.scored += zip(part.name, part.label.tolist(), scores.image.tolist(), strict=True)
 
     def on_validation_epoch_end(self) -> None:
-        if not self.trainer.sanity_checking:
+        if self.is_fitted and not self.trainer.sanity_checking:
             self.scored = ranks.gather_list(self.scored)
             self.log_dict(self.metrics.compute())  # the same in all processes: the tables were merged
 
-    on_test_epoch_start = on_validation_epoch_start
+    def on_test_epoch_start(self) -> None:
+        self._require_fit()
+        self.on_validation_epoch_start()
+
+    on_predict_epoch_start = on_test_epoch_start
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
@@ -250,6 +271,7 @@ class AnomalyModule(L.LightningModule):
         """
         if self.view["crop"]:
             raise ZooError("This model was fitted on cropped images, for parity runs; fit it with another preset.")
+        self._require_fit()
         if not _is_many(images):
             return self.predict([images])[0]
         was_training = self.training
@@ -266,6 +288,10 @@ class AnomalyModule(L.LightningModule):
             return found + self._predict(group)
         finally:
             self.train(was_training)
+
+    def _require_fit(self) -> None:
+        if not self.is_fitted:
+            raise ZooError(f"This {self.method} has learned nothing yet; fit it first.")
 
     def _predict(self, group: list[Tensor]) -> list[Prediction]:
         """Images of one shape."""
@@ -298,8 +324,11 @@ class AnomalyModule(L.LightningModule):
         """The part of `observe` that costs the same for each batch: it is timed before a fit."""
         self.observe(batch)
 
-    def estimate_memory(self, num_images: int) -> int:
-        """Bytes that a fit on so many images holds at its peak, beside the network and one batch."""
+    def estimate_memory(self, num_images: int, world: int = 1) -> int:
+        """Bytes that a fit on so many images, in each of so many processes, holds beside the network and one batch.
+
+        The peak of the first process, which merges.
+        """
         return 0
 
     def estimate_seconds(self, num_images: int, scored: int) -> float:

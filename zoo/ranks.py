@@ -1,12 +1,16 @@
 """Several processes of one run: who this one is, and how they hand each other what they have gathered."""
 
 import os
+from datetime import timedelta
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from zoo.errors import ZooError
 
 if TYPE_CHECKING:  # imported on use: the command line asks for its rank before torch is loaded
     import torch
 
+PATIENCE = timedelta(days=7)  # that a process waits for another one, which may have far more to do
 _MISSING = object()
 
 
@@ -25,6 +29,8 @@ def launched() -> tuple[int, int, int]:
         return int(env["RANK"]), world, int(env.get("LOCAL_WORLD_SIZE", world))
     if "SLURM_PROCID" in env and env.get("SLURM_JOB_NAME") not in ("bash", "interactive"):
         world = int(env.get("SLURM_NTASKS", 1))
+        if world > 1 and "SLURM_NTASKS_PER_NODE" not in env:
+            raise ZooError(f"Ask SLURM for --ntasks-per-node instead of --ntasks={world}, and start zoo with srun.")
         return int(env["SLURM_PROCID"]), world, int(env.get("SLURM_NTASKS_PER_NODE", world))
     return int(env.get("LOCAL_RANK", 0)), 1, 1  # Lightning's own launcher: it knows how many there are
 
@@ -40,7 +46,7 @@ def connect() -> tuple[int, int]:
 
             cluster = SLURMEnvironment(auto_requeue=False)
             os.environ |= {"MASTER_ADDR": cluster.main_address, "MASTER_PORT": str(cluster.main_port)}
-        dist.init_process_group("gloo", rank=rank, world_size=world)
+        dist.init_process_group("gloo", rank=rank, world_size=world, timeout=PATIENCE)
     return rank_and_world()
 
 

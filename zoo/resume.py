@@ -22,7 +22,7 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary = path.with_name(f".{path.name}")  # one process writes
         try:
             with open(temporary, "wb") as file:
                 torch.save(checkpoint, file)
@@ -58,7 +58,9 @@ class Unfinished(L.Callback):
             self.saved = time.monotonic()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, SIGTERMException):  # raised between two batches
+        done = trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        between = not done % trainer.accumulate_grad_batches  # raised between two batches, so between two steps
+        if isinstance(exception, SIGTERMException) and between:
             trainer.save_checkpoint(self.path)
 
     def discard(self) -> None:
@@ -77,8 +79,7 @@ def checkpoint_to_resume(path: Path, resume: bool, run: RunOptions) -> Path | No
             run.say("There is no unfinished fit of this name; it starts from the beginning.")
         return None
     if not resume:
-        run.say("An unfinished fit of this name is given up; --resume would have gone on with it.")
-        path.unlink(missing_ok=True)
+        run.say("An unfinished fit of this name will be given up; --resume would go on with it.")
         return None
     if not zipfile.is_zipfile(path):
         raise ZooError(f"{path} is damaged; start the fit anew, without --resume.")

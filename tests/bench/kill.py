@@ -13,6 +13,7 @@ import random
 import sys
 import tempfile
 import time
+from itertools import count
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -39,7 +40,9 @@ def main():
             assert job.wait() == 0
             duration = time.perf_counter() - begin
             rows = []
-            for i in range(options.kills):
+            for i in count():
+                if sum(row["was_running"] for row in rows) == options.kills:
+                    break
                 killed, delay = Path(folder) / str(i), random.uniform(0, duration)
                 running = kill_and_resume(method, killed, delay)
                 same_results(killed, whole)

@@ -57,6 +57,12 @@ def main():
         print(method, report["methods"][method], flush=True)
         if args.out:
             args.out.write_text(json.dumps(report, indent=1) + "\n")
+    within = LIMITS["estimate_within"]
+    for method, found in report["methods"].items():
+        assert found["peak_mb"] < 1000 * LIMITS["peak_gb"] and found["seconds"] < 60 * LIMITS["minutes"], method
+        assert (
+            abs(found["memory_estimate_over_peak"] - 1) < within and abs(found["time_estimate_over_time"] - 1) < within
+        )
 
 
 if __name__ == "__main__":

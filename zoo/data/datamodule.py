@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable
+from itertools import groupby
 from typing import Any
 
 import lightning as L
@@ -33,6 +34,7 @@ class AnomalyDataModule(L.LightningDataModule):
         crop: side of the central square that is then cut out; None cuts nothing.
         skip_broken: leave out images that can't be read (`broken` lists them) instead of stopping.
         seed: of the order of training images, the fraction and the held-out normals.
+        fingerprint: of the data set; a fit that is resumed must have the same one.
 
     Attributes:
         num_train_images: images that the fit sees.
@@ -51,6 +53,7 @@ class AnomalyDataModule(L.LightningDataModule):
         crop: int | None = None,
         skip_broken: bool = False,
         seed: int = 0,
+        fingerprint: str = "",
     ):
         super().__init__()
         if not 0 < train_fraction <= 1:
@@ -59,7 +62,7 @@ class AnomalyDataModule(L.LightningDataModule):
             raise ZooError("--batch-size is at least 1 and --num-workers at least 0.")
         self.input_size, self.batch_size, self.seed = input_size, batch_size, seed
         self.num_workers = (4 if torch.cuda.is_available() else 0) if num_workers is None else num_workers
-        self.resize, self.crop = resize, crop
+        self.resize, self.crop, self.fingerprint = resize, crop, fingerprint
         self.broken: list[tuple[str, str]] = []
         train, self.test_set = data["train"], data["test"]
         train = train.select(np.flatnonzero(np.array(train.with_format(None)["label"]) == 0))
@@ -114,7 +117,8 @@ class AnomalyDataModule(L.LightningDataModule):
             )
 
     def _identity(self) -> str:
-        about = [self.batch_size, self.seed, self.resize, self.crop, list(self.train_set.with_format(None)["path"])]
+        about = [self.fingerprint, self.batch_size, self.seed, self.resize, self.crop]
+        about += self.train_set.with_format(None)["path"]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
     def _collate_train(self, items: list[Batch]) -> Batch:
@@ -178,11 +182,8 @@ def read_row(row: dict[str, Any]) -> tuple[np.ndarray, Tensor | None, str]:
 
 
 def group_by_shape(items: list[Batch]) -> list[Batch]:
-    """One batch for each image size among the items, in order of appearance."""
-    groups: dict[torch.Size, list[Batch]] = {}
-    for item in items:
-        groups.setdefault(item.image.shape, []).append(item)
-    return [_stack(group) for group in groups.values()]
+    """One batch for each run of images of the same size, in the order of the items."""
+    return [_stack(list(group)) for _, group in groupby(items, key=lambda item: item.image.shape)]
 
 
 def _stack(items: list[Batch]) -> Batch:

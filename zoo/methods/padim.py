@@ -12,6 +12,7 @@ crop (preset `original` has it).
 """
 
 import logging
+import math
 import time
 from typing import Any
 
@@ -25,8 +26,7 @@ from zoo.nn.features import FeatureExtractor
 from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
 from zoo.nn.precision import full_precision
 
-POSITIONS = 64  # worked on together
-BLOCKS = 4  # block rows of the symmetric products: 5/8 of the matrix is kept
+BLOCKS = 4  # block rows in which the symmetric products are kept
 
 log = logging.getLogger("zoo")
 
@@ -83,7 +83,7 @@ class PaDiM(AnomalyModule):
         self.register_buffer("whitening", torch.empty(0, self.dims, self.dims))  # (P, d, d): W^T W = covariance^-1
         self.grid: tuple[int, int] | None = None
         self.count = 0
-        self.moments: list[list[Tensor]] = []  # of each part of the positions: sums of x and of x x^T
+        self.moments: list[Tensor] = []  # of each part of the positions: flat sums of x and x x^T, in float64
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> chosen channels of all layers, by position of the first layer's grid (P, B, d)."""
@@ -93,42 +93,67 @@ class PaDiM(AnomalyModule):
         return joined[:, self.subset].flatten(2).permute(2, 0, 1).contiguous()
 
     def observe(self, batch: Batch) -> None:
-        """Add to the sums over images of x (P, d) and of x x^T, of which only the lower block rows are kept."""
+        """Add to the sums over images of x and of x x^T."""
         x = self.embed(batch.image)  # (P, B, d)
+        parts = x.split(self._part())
         if not self.moments:
-            self.moments = [self._zeros(part) for part in x.split(POSITIONS)]
+            self.moments = [self._zeros(part) for part in parts]
         self.count += x.shape[1]
-        for part, (total, *rows) in zip(x.split(POSITIONS), self.moments, strict=True):
-            part = part.double()  # (p, B, d)
-            total += part.sum(1)
-            end = 0
-            for row in rows:  # (p, r, c) of the products x[:, c - r : c] x[:, :c]^T
-                first, end = end, row.shape[2]
-                row.baddbmm_(part[..., first:end].mT, part[..., :end])
+        for part, sums in zip(parts, self.moments, strict=True):
+            self._add(part, sums)
 
-    def _zeros(self, x: Tensor) -> list[Tensor]:
-        """Sums over no images: (p, d) and the block rows."""
+    def _part(self) -> int:
+        """Positions that share a tensor: 40 MB of sums, so that the memory goes back to the system when it is freed."""
+        return math.ceil(8e6 / self.dims**2)
+
+    def _zeros(self, x: Tensor) -> Tensor:
+        """Sums over no images of a part (p, B, d): (p, d) and block rows, flat."""
+        return x.new_zeros(len(x) * sum(math.prod(shape) for shape in self._shapes()), dtype=torch.float64)
+
+    def _shapes(self) -> list[tuple[int, ...]]:
+        """Of one position's sums: of x (d,) and of the block rows (r, c) of x x^T down to the diagonal: 5/8 of it."""
         ends = [round(self.dims * (i + 1) / BLOCKS) for i in range(BLOCKS)]
-        shapes = [(end - first, end) for first, end in zip([0, *ends], ends, strict=False)]
-        return [x.new_zeros(len(x), *shape, dtype=torch.float64) for shape in [(self.dims,), *shapes]]
+        return [(self.dims,), *((end - first, end) for first, end in zip([0, *ends], ends, strict=False))]
+
+    def _views(self, sums: Tensor) -> list[Tensor]:
+        """Flat sums of a part -> (p, d) and block rows (p, r, c), sharing its memory."""
+        shapes = self._shapes()
+        count = len(sums) // sum(map(math.prod, shapes))
+        flat = sums.split([count * math.prod(shape) for shape in shapes])
+        return [x.view(count, *shape) for x, shape in zip(flat, shapes, strict=True)]
+
+    def _add(self, part: Tensor, sums: Tensor) -> None:
+        part = part.double()  # (p, B, d)
+        total, *rows = self._views(sums)
+        total += part.sum(1)
+        end = 0
+        for row in rows:
+            first, end = end, row.shape[2]
+            row.baddbmm_(part[..., first:end].mT, part[..., :end])
 
     def finish(self) -> None:
-        """Sums -> means and whitening factors, some positions at a time; their sums are freed on the way."""
-        n, device = self.count, self.moments[0][0].device
-        eye = torch.eye(self.dims, dtype=torch.float64, device=device)
-        positions = sum(len(total) for total, *_ in self.moments)
+        """Sums -> means and whitening factors, some positions at a time; the sums are freed on the way."""
+        device = self.moments[0].device
+        positions = sum(len(self._views(sums)[0]) for sums in self.moments)
         self.center = torch.empty(positions, self.dims, device=device)
         self.whitening = torch.empty(positions, self.dims, self.dims, device=device)
-        for first in range(0, positions, POSITIONS):
-            total, *rows = self.moments.pop(0)
-            mean = total / n  # (p, d)
-            lower = torch.cat([F.pad(row, (0, self.dims - row.shape[2])) for row in rows], 1)  # (p, d, d)
-            scatter = lower.sub_(torch.einsum("pi,pj->pij", total, mean))
-            factor = torch.linalg.cholesky(scatter / max(n - 1, 1) + self.hparams.ridge * eye)  # L L^T, of the lower
-            where = slice(first, first + POSITIONS)
-            self.center[where] = mean
-            self.whitening[where] = torch.linalg.solve_triangular(factor, eye, upper=False)  # W = L^-1
+        some, first = math.ceil(2e6 / self.dims**2), 0  # positions at a time: 16 MB a matrix
+        while self.moments:
+            total, *rows = self._views(self.moments.pop(0))
+            for chunk in torch.arange(len(total), device=device).split(some):
+                where = slice(first, first + len(chunk))
+                self.center[where], self.whitening[where] = self._learn(total[chunk], [row[chunk] for row in rows])
+                first += len(chunk)
         self.forget()
+
+    def _learn(self, total: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Sums of some positions -> means (p, d) and W = L^-1 (p, d, d), where L L^T is the covariance."""
+        eye = torch.eye(self.dims, dtype=torch.float64, device=total.device)
+        mean = total / self.count
+        lower = torch.cat([F.pad(row, (0, self.dims - row.shape[2])) for row in rows], 1)  # (p, d, d)
+        scatter = lower.sub_(torch.einsum("pi,pj->pij", total, mean))
+        factor = torch.linalg.cholesky(scatter / max(self.count - 1, 1) + self.hparams.ridge * eye)  # reads the lower
+        return mean, torch.linalg.solve_triangular(factor, eye, upper=False)
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
         x = self.embed(images) - self.center[:, None]  # (P, B, d)
@@ -138,8 +163,16 @@ class PaDiM(AnomalyModule):
         maps = gaussian_blur(resize_map(maps, self.size), self.hparams.sigma)  # (B, 1, *size)
         return Scores(masked_to_roi(maps, roi).amax(dim=(1, 2, 3)), resize_map(maps, images.shape[-2:]))
 
-    def estimate_memory(self, num_images: int) -> int:
-        return self._positions() * self.dims * (5 * self.dims + 8)
+    def probe(self, batch: Batch) -> None:
+        """With the sums of one part for all of them."""
+        parts = self.embed(batch.image).split(self._part())
+        sums = self._zeros(parts[0])
+        for part in parts:
+            self._add(part, sums if len(part) == len(parts[0]) else self._zeros(part))
+
+    def estimate_memory(self, num_images: int, world: int = 1) -> int:
+        """The sums, of all processes in a checkpoint; what is learned takes their place."""
+        return world * 8 * self._positions() * sum(map(math.prod, self._shapes()))
 
     def estimate_seconds(self, num_images: int, scored: int) -> float:
         """Of the factors; all else is in the pass."""
@@ -162,8 +195,7 @@ class PaDiM(AnomalyModule):
     def merge_fit_state(self, state: dict[str, Any]) -> None:
         self.count += state["count"]
         for mine, theirs in zip(self.moments, state["moments"], strict=False):  # none where no image was seen
-            for a, b in zip(mine, theirs, strict=True):
-                a += b
+            mine += theirs
 
     def forget(self) -> None:
         self.count, self.moments = 0, []

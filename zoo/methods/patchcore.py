@@ -177,11 +177,11 @@ class PatchCore(AnomalyModule):
     def probe(self, batch: Batch) -> None:
         self.embed(batch.image)
 
-    def estimate_memory(self, num_images: int) -> int:
+    def estimate_memory(self, num_images: int, world: int = 1) -> int:
         if self.hparams.coreset_ratio is None:
-            return self.stream.estimate_bytes(self.width)
+            return self.stream.estimate_bytes(self.width, world)
         held = 4 * self.width + 24 + 16 + 4 * (self.hparams.project_to or 0)  # vectors, sources, bounds, projections
-        return int(num_images * self._patches() * (held + 8 * self.width * self.hparams.coreset_ratio))
+        return int(world * num_images * self._patches() * (held + 8 * self.width * self.hparams.coreset_ratio))
 
     def estimate_seconds(self, num_images: int, scored: int) -> float:
         device, patches, bank = self.bank.device, self._patches(), self.hparams.bank_size

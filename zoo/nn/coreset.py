@@ -325,9 +325,9 @@ class StreamingCoreset:
         self.count, self.tau = len(pairs[0]), max(self.tau, other.tau)
         self._hold(*pairs)
 
-    def estimate_bytes(self, dimensions):
-        """At the peak, while the held vectors are reduced to half and copied."""
-        return (2 * (self.working_set + self.CHUNK) + self.working_set // 2) * (4 * dimensions + 40)
+    def estimate_bytes(self, dimensions, parts=1):
+        """At the peak, while the held vectors, of so many merged parts, are reduced to half and copied."""
+        return (2 * parts * (self.working_set + self.CHUNK) + self.working_set // 2) * (4 * dimensions + 40)
 
     def estimate_seconds(self, count, dimensions, device):
         """For a stream of `count` vectors: products of tiles, timed here, times a number of them that was fitted.
