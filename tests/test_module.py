@@ -163,24 +163,3 @@ def test_preset_original_is_evaluated_as_it_was_fitted(mvtec, tmp_path):
         model.predict(np.zeros((96, 96), np.uint8))
     with pytest.raises(ZooError, match="crop of 200"):
         fit("padim", str(mvtec), None, "lite", {"input_size": 64, "dims": 10}, {"crop": 200})
-
-
-def test_a_pass_that_was_cut_is_not_resumed_silently(mvtec, tmp_path):
-    import lightning as L
-
-    from zoo.data import load_data
-    from zoo.data.datamodule import AnomalyDataModule
-
-    class Stop(L.Callback):
-        def on_train_batch_end(self, trainer, module, *args):
-            if module.observed == 2:
-                trainer.save_checkpoint(tmp_path / "cut.ckpt")
-
-    def trainer(*callbacks):
-        options = dict(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False)
-        return L.Trainer(**options, enable_checkpointing=False, callbacks=list(callbacks))
-
-    data = AnomalyDataModule(load_data(str(mvtec)), batch_size=4)
-    trainer(Stop()).fit(zoo.create_model("padim", "lite", input_size=64, dims=10), datamodule=data)
-    with pytest.raises(ZooError, match="middle of the pass"):
-        trainer().fit(zoo.create_model("padim", "lite", input_size=64, dims=10), data, ckpt_path=tmp_path / "cut.ckpt")

@@ -247,7 +247,9 @@ class AnomalyModule(L.LightningModule):
         self._require_fit()
         self.on_validation_epoch_start()
 
-    on_predict_epoch_start = on_test_epoch_start
+    def on_predict_epoch_start(self) -> None:
+        self._require_fit()
+
     test_step = validation_step
     on_test_epoch_end = on_validation_epoch_end
 
