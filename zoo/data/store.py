@@ -177,12 +177,14 @@ def _decoded(rows: datasets.Dataset, size: tuple[int, int], workers: int, skip_b
     from torch.utils.data import DataLoader
 
     decoder = _Decoder(rows, size, skip_broken)
-    for chunk in DataLoader(decoder, CHUNK, num_workers=workers, collate_fn=list):
+    for chunk in DataLoader(
+        decoder, CHUNK, num_workers=workers, collate_fn=list, prefetch_factor=8 if workers else None
+    ):
         yield from chunk
 
 
 class _Decoder:
-    """Row number -> decoded, resized and rounded."""
+    """Row numbers -> decoded, resized and rounded."""
 
     def __init__(self, rows: datasets.Dataset, size: tuple[int, int], skip_broken: bool):
         self.rows, self.size, self.skip_broken = rows, size, skip_broken
@@ -190,10 +192,13 @@ class _Decoder:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> tuple[str, int, Any]:
+    def __getitems__(self, indices: list[int]) -> list[tuple[str, int, Any]]:
+        rows = self.rows[indices]
+        return [self._item(dict(zip(rows, values, strict=True))) for values in zip(*rows.values(), strict=True)]
+
+    def _item(self, row: dict[str, Any]) -> tuple[str, int, Any]:
         from zoo.data.datamodule import read_row
 
-        row = self.rows[index]
         try:
             return row["path"], row["label"], self._resized(*read_row(row))
         except ZooError as error:
@@ -202,13 +207,19 @@ class _Decoder:
             return row["path"], row["label"], str(error)
 
     def _resized(self, array: np.ndarray, mask: torch.Tensor | None, name: str) -> tuple:
+        import torch
+
         from zoo.image import resize, resize_mask, to_tensor
 
-        top = 255 if array.dtype == np.uint8 else 65535
-        image = to_tensor(array, name)[None]  # (1, C, H, W)
-        colour = image.shape[1] > 1 and bool((image != image[:, :1]).any())
-        image = resize(image.mean(1, keepdim=True) if colour else image[:, :1], self.size)[0, 0]  # (h, w)
-        grey = (image * top).round_().numpy().astype(np.uint8 if top == 255 else np.uint16)
+        deep = array.dtype != np.uint8
+        if array.dtype == np.float32:
+            array = to_tensor(array, name).movedim(0, -1).numpy() * 65535  # checked to lie in [0, 1]
+            array = array[..., 0] if array.shape[2] == 1 else array
+        colour = array.ndim == 3 and bool((array != array[..., :1]).any())
+        if array.ndim == 3:
+            array = array.mean(2) if colour else array[..., 0]
+        image = torch.from_numpy(array.astype(np.float32))[None, None]  # (1, 1, H, W) grey levels
+        grey = resize(image, self.size)[0, 0].round_().numpy().astype(np.uint16 if deep else np.uint8)
         return grey, None if mask is None else resize_mask(mask[None, None], self.size)[0, 0].numpy(), colour
 
 
