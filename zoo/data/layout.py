@@ -21,6 +21,7 @@ class Bar:
         centre, half: its middle and half its width across, pixels.
         radius: of its corners, pixels.
         level: brightness of its metal, around 1.
+        joint: whether it meets bars drawn before, with corners that lithography fills.
     """
 
     axis: int
@@ -30,6 +31,7 @@ class Bar:
     half: float
     radius: float
     level: float
+    joint: bool
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class Rules:
         bends: nets with corners that are tried.
         dumbbells: pairs of pads that are tried.
         power: wide lines that are tried.
+        whole: chance that a piece of one node, an island, is left out.
         hollow: share of the image kept free of lines.
         via: radius of a via over half the width of a line.
         uneven: how far widths and distances of tracks differ, 0 to 1.
@@ -66,6 +69,7 @@ class Rules:
     bends: int
     dumbbells: int
     power: int
+    whole: float
     hollow: float
     via: float
     uneven: float
@@ -84,7 +88,7 @@ def route(rng: np.random.Generator, size: int, axis: int, rules: Rules) -> tuple
     for _ in range(rules.bends):
         router.bend()
     router.fill()
-    return router.bars, router.vias
+    return sorted(router.bars, key=lambda bar: bar.joint), router.vias
 
 
 def _ticks(rng: np.random.Generator, size: int, step: float, low: float, high: float) -> np.ndarray:
@@ -123,13 +127,14 @@ class _Router:
         """A bar from node to node, along the main direction or across it; `ends` says which get a via."""
         half, level = net
         tails = []
+        slack = min(0.35 * (stop - start) / self.rules.pitch, 0.7) * self.rules.uneven  # ends of tracks do not line up
         for end, sign, place in zip(ends, (-1, 1), (start, stop), strict=True):
-            place += self.rng.uniform(-0.1, 0.1) * self.rules.pitch * end
+            place -= sign * self.rng.uniform(-0.1, max(slack, 0.1)) * self.rules.pitch * end
             if end:
                 self._via(place, centre, main, half, True)
             tails.append(place + sign * half * (self.rng.uniform(1.0, 1.25) if end else 1.0))
         axis = self.axis if main else 1 - self.axis
-        self.bars.append(Bar(axis, tails[0], tails[1], centre, half, radius * half, level))
+        self.bars.append(Bar(axis, tails[0], tails[1], centre, half, radius * half, level, not main))
 
     def _run(self, k: int, first: int, last: int, net, ends=(True, True)) -> None:
         self.used[k, first : last + 1] = True
@@ -155,19 +160,19 @@ class _Router:
 
     def power(self) -> None:
         """A line of two to four tracks' width from side to side."""
-        wide = int(self.rng.integers(2, 5))
+        wide = int(self.rng.choice([2, 2, 2, 3, 4]))
         k = int(self.rng.integers(0, max(len(self.tracks) - wide, 1)))
         block = self.used[k : k + wide]
         if len(block) < wide or block.any():
             return
         block[:] = True
         low, high = self.tracks[k], self.tracks[k + wide - 1]
-        net = ((high - low) / 2 + self.half, self.rng.normal(1, 0.02))
+        net = ((high - low) / 2 + self.half * self.rng.uniform(0.2, 1.1), self.rng.normal(1, 0.02))
         start, stop = self.columns[0] - self.rules.pitch, self.columns[-1] + self.rules.pitch
         self._bar(True, (low + high) / 2, start, stop, net, (False, False))
         if self.rng.random() < 0.5:  # rows of vias feed it
             for j in range(len(self.columns)):
-                for track in self.tracks[k : k + wide]:
+                for track in np.linspace(low + 0.4 * self.half, high - 0.4 * self.half, wide):
                     self._via(self.columns[j], track, True, self.half, False)
 
     def hollow(self) -> None:
@@ -185,16 +190,20 @@ class _Router:
             return
         k = int(self.rng.integers(1, len(self.tracks) - 1))
         j = int(self.rng.integers(1, len(self.columns) - length - 1))
-        if self.used[k - 1 : k + 2, j : j + length + 1].any():
+        if self.used[k - 1 : k + 2, j - 1 : j + length + 2].any():
             return
-        self.used[k - 1 : k + 2, [j, j + length]] = True
+        for end in (j, j + length):
+            self.used[k - 1 : k + 2, end - 1 : end + 2] = True
         half, level = self._style()
         room = min(self.tracks[k] - self.tracks[k - 1], self.tracks[k + 1] - self.tracks[k])
         pad = room * self.rng.uniform(0.72, 0.95)
+        round_ = 0.5 if self.rules.uneven < 0.4 else 0.9
         self._run(k, j, j + length, (half * self.rng.uniform(0.6, 0.95), level), (False, False))
         for column in (self.columns[j], self.columns[j + length]):
             long = pad * self.rng.uniform(0.75, 0.95)
-            bar = Bar(self.axis, column - long, column + long, self.tracks[k], pad, 0.55 * min(pad, long), level)
+            bar = Bar(
+                self.axis, column - long, column + long, self.tracks[k], pad, round_ * min(pad, long), level, True
+            )
             self.bars.append(bar)
             self._via(column, self.tracks[k], True, 1.3 * self.half, True)
 
@@ -237,5 +246,8 @@ class _Router:
                 last = j
                 while last + 1 < columns and not self.used[k, last + 1] and self.rng.random() > 1 / self.rules.reach:
                     last += 1
+                if last == j and self.rng.random() < self.rules.whole:
+                    j += 1
+                    continue
                 self._run(k, j, last, self._style())
                 j = last + 1

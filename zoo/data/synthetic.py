@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_closing, binary_fill_holes, find_objects, gaussian_filter, gaussian_filter1d
+from scipy.special import ndtri
 
 from zoo.data.layout import Bar, Rules, Via, route
 from zoo.errors import ZooError
@@ -42,7 +43,8 @@ _NOMINAL = 512  # pixels: lengths of the look are given for images of this side
 _SMALLEST = 128  # images of a smaller side show a part of the field instead of ever thinner lines
 _TEST_START = 1 << 32  # test indices begin here, train indices at 0
 _CONSEQUENCE = 5.0  # grey levels: smaller changes drown in the shot noise (3 to 8) and stay out of the mask
-_REACH = 20.0  # nominal pixels: no edge is seen from farther away
+_REACH = 16.0  # nominal pixels: no edge is seen from farther away
+_STRIP = 64  # rows shaded at a time: what stays in the cache costs less
 _FINE = 16  # entries of an edge profile a nominal pixel
 
 
@@ -85,7 +87,7 @@ def render(
             f"synthetic data needs index >= 0, seed >= 0 and size >= {MIN_SIZE}; got {index}, {seed}, {size}"
         )
     scene = _Scene(index, seed, size, style)
-    clean = scene.shade()
+    clean = scene.develop()
     image = scene.expose(clean, bits)
     mask = np.zeros((size, size), bool)
     if kind is not None:
@@ -223,13 +225,13 @@ class _Style:
     """What distinguishes a style; ranges are (low, high), lengths in nominal pixels, levels of 0 to 255."""
 
     pitch: tuple[float, float] = (36.0, 72.0)
-    fill: tuple[float, float] = (0.44, 0.62)
+    fill: tuple[float, float] = (0.46, 0.64)
     ground: tuple[float, float] = (44.0, 66.0)
-    metal: tuple[float, float] = (62.0, 88.0)  # above the ground
-    edge: tuple[float, float] = (34.0, 68.0)  # above the metal
+    metal: tuple[float, float] = (54.0, 80.0)  # above the ground
+    edge: tuple[float, float] = (45.0, 90.0)  # above the metal
     shadow: tuple[float, float] = (4.0, 14.0)  # below the ground
-    decay: tuple[float, float] = (2.6, 5.0)
-    focus: tuple[float, float] = (1.0, 1.9)
+    decay: tuple[float, float] = (2.4, 4.6)
+    focus: tuple[float, float] = (0.9, 1.7)
     via: tuple[float, float] = (24.0, 58.0)
     noise: tuple[float, float] = (0.12, 0.5)  # variance of the shot noise per level
 
@@ -284,9 +286,9 @@ class _Look:
         self.via = even(*style.via)
         self.noise = even(*style.noise)
         self.density, self.character = even(), even()
-        self.gain = even(0.9, 1.1)
+        self.gain = even(0.88, 1.12)
         self.tilt = even(-0.006, 0.006)  # rotation of the stage, radians
-        self.rough = even(0.25, 0.8) * scale
+        self.rough = even(0.2, 0.65) * scale
         self.smear = even(-0.4, 0.4)  # which side of a line is brighter
         self.uneven = even()
         self.via_size = even(0.5, 0.72)
@@ -297,12 +299,13 @@ class _Look:
         return Rules(
             pitch=self.pitch,
             fill=self.fill,
-            skip=0.02 + 0.4 * self.density**2,
+            skip=0.01 + 0.3 * self.density**2,
             reach=(2.2 if kind < 0.35 else 5.0 if kind < 0.75 else 30.0) * np.exp(rng.normal(0, 0.25)),
             bends=int(rng.poisson(8 if kind < 0.35 else 3)) * (kind < 0.85),
             dumbbells=int(rng.poisson(6 if 0.2 < kind < 0.5 else 0.7)),
-            power=int(rng.poisson(0.9)),
-            hollow=float(rng.random() < 0.4) * rng.uniform(0.06, 0.3),
+            power=int(rng.poisson(0.7)),
+            whole=0.9 if self.uneven < 0.8 else 0.4,
+            hollow=float(rng.random() < 0.3) * rng.uniform(0.06, 0.25),
             via=self.via_size,
             uneven=self.uneven,
         )
@@ -317,14 +320,19 @@ def _grid(size: int, nodes: int) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(1 - np.abs(place), 0).astype(np.float32), (near / near.sum(1, keepdims=True)).astype(np.float32)
 
 
+@lru_cache(maxsize=1)
+def _normal() -> np.ndarray:
+    """Normally distributed numbers by their 16-bit rank: five times as fast as drawing them."""
+    return ndtri((np.arange(1 << 16) + 0.5) / (1 << 16)).astype(np.float32)
+
+
 class _Scene:
     """One image before its defect: geometry as a signed distance in nominal pixels (negative inside), look and noise.
 
     Attributes:
         distance: (S, S) float32, at most `_REACH`.
         contrast: (S, S) float32, metal above ground.
-        light: (S, S) float32, gain of detector, charging and texture.
-        dots: (S, S) float32, brightness of the vias.
+        grain: (S, S) uint16, the noise.
         defect: random stream of the defect.
     """
 
@@ -338,24 +346,23 @@ class _Scene:
         self.bars, self.vias = route(layout, size, self.look.axis, self.look.rules(layout))
         self._draw(look)
         self._light(look)
-        grain = noise.standard_normal((size, size), dtype=np.float32)
-        grain[:, 1:] += np.float32(0.35) * grain[:, :-1]  # the detector is slower than the beam
-        self.grain = grain
+        self.grain = noise.integers(0, 1 << 16, (size, size), dtype=np.uint16)  # ranks of a normal distribution
 
     def _draw(self, rng: np.random.Generator) -> None:
         size, look = self.size, self.look
         self.distance = np.full((size, size), _REACH, np.float32)
         self.contrast = np.full((size, size), look.metal, np.float32)
-        wander = gaussian_filter1d(rng.standard_normal(3 * size + 512, dtype=np.float32), 3.5 * self.scale)
+        rough = rng.standard_normal((2, 3 * size + 512), dtype=np.float32)
+        wander = sum(
+            gaussian_filter1d(row, length * self.scale) * length**0.7
+            for row, length in zip(rough, (3, 14), strict=True)
+        )
         wander *= look.rough / wander.std()
         for bar in self.bars:
             self._draw_bar(bar, wander, rng)
-        jitter = rng.standard_normal(size, dtype=np.float32) * np.float32(rng.uniform(0.1, 0.45))
-        self.distance -= jitter[:, None] * _slope(self.distance)
-        self.dots = np.zeros((size, size), np.float32)
-        for via in self.vias:
-            window, dot = self.dot(via)
-            np.maximum(self.dots[window], dot, out=self.dots[window])
+        jitter = rng.standard_normal(size, dtype=np.float32) * np.float32(rng.uniform(0.05, 0.3))
+        for strip in _strips(size):
+            self.distance[strip] -= jitter[strip, None] * _slope(self.distance[strip])
 
     def _draw_bar(self, bar: Bar, wander: np.ndarray, rng: np.random.Generator) -> None:
         """Signed distance to a bar with rough edges and round ends, joined to what is there."""
@@ -374,22 +381,25 @@ class _Scene:
         centre = np.float32(bar.centre) + np.float32(turn) * (t - np.float32(middle)) + (left + right) / 2
         half = np.float32(bar.half) + (right - left) / 2
         along = np.abs(t - np.float32((start + stop) / 2)) - np.float32((stop - start) / 2)  # (T,)
-        across = np.abs(np.arange(c0, c1, dtype=np.float32)[None] - centre[:, None]) - half[:, None]  # (T, C)
-        round_ = np.float32(bar.radius)
-        tail = along > -round_
-        body = len(t) - np.argmin(tail[::-1]) if not tail.all() else 0
-        for end in (np.s_[: np.argmin(tail) if not tail.all() else len(t)], np.s_[body:]):
-            if tail[end].size:
-                a, b = across[end] + round_, along[end, None] + round_
+        unit = np.float32(1 / self.scale)
+        across = np.empty((t1 - t0, c1 - c0), np.float32, order="CF"[bar.axis])  # (T, C), as the image lies in memory
+        np.subtract(np.arange(c0, c1, dtype=np.float32) * unit, (centre * unit)[:, None], out=across)
+        np.abs(across, out=across)
+        across -= (half * unit)[:, None]
+        round_off = np.float32(bar.radius) * unit
+        along *= unit
+        tails = np.flatnonzero(along > -round_off)
+        for tail in np.split(tails, np.flatnonzero(np.diff(tails) > 1) + 1):
+            if tail.size:
+                end = np.s_[tail[0] : tail[-1] + 1]
+                a, b = across[end] + round_off, along[end, None] + round_off
                 outer = np.hypot(np.maximum(a, 0), np.maximum(b, 0))
-                across[end] = outer + np.minimum(np.maximum(a, b), 0) - round_
-            if tail.all():
-                break
-        across *= np.float32(1 / self.scale)
+                across[end] = outer + np.minimum(np.maximum(a, b), 0) - round_off
         window = np.s_[t0:t1, c0:c1]
-        distance, contrast = ((field if bar.axis == 0 else field.T)[window] for field in (self.distance, self.contrast))
-        np.copyto(contrast, np.float32(self.look.metal * bar.level), where=across < 3)
-        distance[...] = _join(distance, across)
+        distance, contrast = (field if bar.axis == 0 else field.T for field in (self.distance, self.contrast))
+        inner = int(margin - 4 * self.scale)  # neighbours are farther away
+        contrast[t0 + inner * (t0 > 0) : t1, c0 + inner * (c0 > 0) : c1] = self.look.metal * bar.level
+        (_join if bar.joint else np.minimum)(distance[window], across, out=distance[window])
 
     def _light(self, rng: np.random.Generator) -> None:
         """Slow drift, darker ground between dense lines, faint texture, and rows that differ a little."""
@@ -405,57 +415,73 @@ class _Scene:
         mottle = rng.standard_normal((nodes, nodes), dtype=np.float32) * np.float32(rng.uniform(0.01, 0.035))
         rows = gaussian_filter1d(rng.standard_normal(size, dtype=np.float32), 5 * self.scale) * 2
         rows += rng.standard_normal(size, dtype=np.float32)
-        self.light = up @ (drift + charge + mottle) @ up.T  # (S, S)
-        self.light += 1 + rows[:, None] * np.float32(rng.uniform(0.001, 0.006))
-        self.light *= np.float32(self.look.gain)
+        self.rows = 1 + rows[:, None] * np.float32(rng.uniform(0.001, 0.006))  # (S, 1)
+        self.smooth = (drift + charge + mottle) @ up.T  # (N, S)
 
     @cached_property
     def profiles(self) -> tuple[np.ndarray, np.ndarray]:
         """Over the distance to an edge, -_REACH to _REACH: share of metal, and what edge and shadow add; in focus."""
         look, d = self.look, np.arange(-_REACH * _FINE, _REACH * _FINE + 1) / _FINE
         bright = np.exp(np.minimum(d, 0) / look.decay) * (d < 0) * look.edge
-        dark = np.exp(-np.maximum(d, 0) / (2.2 * look.decay)) * (d >= 0) * look.shadow
+        dark = np.exp(-np.maximum(d, 0) / (1.7 * look.decay)) * (d >= 0) * look.shadow * (1 - np.square(d / _REACH))
         sigma = look.focus * _FINE
         added = gaussian_filter1d(bright - dark, sigma, mode="nearest")
         return gaussian_filter1d((d < 0) * 1.0, sigma).astype(np.float32), added.astype(np.float32)
 
-    def shade(self, distance: np.ndarray | None = None, rows: slice = np.s_[:]) -> np.ndarray:
-        """Grey levels before noise, of whole rows: metal on ground, bright edges with shadows beside them, vias."""
-        distance = self.distance[rows] if distance is None else distance
+    def develop(self) -> np.ndarray:
+        """Grey levels before noise (S, S)."""
+        grey = np.empty_like(self.distance)
+        for strip in _strips(self.size):
+            grey[strip] = self.shade(self.distance[strip], strip)
+        for via in self.vias:
+            window, dot = self.dot(via)
+            grey[window] += dot
+        return grey
+
+    def shade(self, distance: np.ndarray, rows: slice) -> np.ndarray:
+        """Grey levels of whole rows without vias: metal on ground, bright edges with shadows beside them."""
         share, added = self.profiles
-        place = np.rint((distance + np.float32(_REACH)) * np.float32(_FINE))
-        place = np.clip(place, 0, len(share) - 1).astype(np.intp)
-        grey = self.contrast[rows] * share[place]
+        place = ((distance + np.float32(_REACH)) * np.float32(_FINE)).astype(np.intp)
+        grey = share.take(place, mode="clip")
+        grey *= self.contrast[rows]
         sided = _slope(distance)
         sided *= np.float32(self.look.smear * self.scale)
         sided += 1
-        sided *= added[place]
+        sided *= added.take(place, mode="clip")
         grey += sided
         grey += np.float32(self.look.ground)
-        grey += self.dots[rows]
-        grey *= self.light[rows]
+        light = _grid(self.size, len(self.smooth))[0][rows] @ self.smooth
+        light += self.rows[rows]
+        light *= np.float32(self.look.gain)
+        grey *= light
         return grey
 
     def dot(self, via: Via) -> tuple[tuple[slice, slice], np.ndarray]:
-        """Window and grey levels of a via: a disc that is brighter at its rim or in its middle."""
-        turn, middle, reach = self.look.tilt, self.size / 2, via.radius + 4 * self.scale
+        """Window and grey levels of a via: a soft disc."""
+        turn, middle = self.look.tilt, self.size / 2
         y, x = via.y - turn * (via.x - middle), via.x + turn * (via.y - middle)
-        window = _window(y, x, reach, self.size)
-        d = np.hypot(*_offsets(window, y, x)) - np.float32(via.radius)
-        soft = np.float32(1 / (self.look.focus * self.scale))
-        dot = _sigmoid(d * (-1.7 * soft)) * np.float32(self.look.via)
-        return window, dot
+        window = _window(y, x, 2.2 * via.radius, self.size)
+        rows, columns = _offsets(window, y, x)
+        r = (np.square(rows) + np.square(columns)) * np.float32(via.radius**-2)
+        return window, np.float32(self.look.via) / (1 + r * r * r)
 
-    def expose(self, grey: np.ndarray, bits: int, window: tuple[slice, slice] = np.s_[:, :]) -> np.ndarray:
-        """Shot noise (its variance grows with the signal), saturation and digits."""
+    def expose(self, grey: np.ndarray, bits: int, window: tuple[slice, slice] | None = None) -> np.ndarray:
+        """Shot noise (its variance grows with the signal), saturation and digits; of a window or all."""
+        if window is None:
+            image = np.empty(grey.shape, np.uint8 if bits == 8 else np.uint16)
+            for strip in _strips(self.size):
+                image[strip] = self.expose(grey, bits, np.s_[strip, :])
+            return image
+        grain = _normal().take(self.grain[window[0]], mode="clip")
+        grain[:, 1:] += np.float32(0.35) * grain[:, :-1]  # the detector is slower than the beam
         grey = grey[window]
-        spread = np.sqrt(np.maximum(grey, 0) * np.float32(self.look.noise) + 4)
-        spread *= self.grain[window]
-        spread += grey
-        np.clip(spread, 0, 255, out=spread)
+        value = np.sqrt(np.maximum(grey, 0) * np.float32(self.look.noise) + 4)
+        value *= grain[:, window[1]]
+        value += grey
+        np.clip(value, 0, 255, out=value)
         if bits == 16:
-            spread *= 257
-        return np.rint(spread, out=spread).astype(np.uint8 if bits == 8 else np.uint16)
+            value *= 257
+        return np.rint(value, out=value).astype(np.uint8 if bits == 8 else np.uint16)
 
     def limits(self, clean: np.ndarray) -> tuple[float, float]:
         """Grey levels that a defect does not exceed, since the image itself reaches beyond them."""
@@ -487,7 +513,7 @@ class _Scene:
     def reshaped(self, clean: np.ndarray, distance: np.ndarray, rows: slice, strength: float = 1.0) -> np.ndarray:
         """The clean image with another geometry (of whole rows), seen as strongly as given."""
         changed = clean.copy()
-        changed[rows] += np.float32(strength) * (self.shade(distance, rows) - clean[rows])
+        changed[rows] += np.float32(strength) * (self.shade(distance, rows) - self.shade(self.distance[rows], rows))
         return changed
 
 
@@ -614,14 +640,9 @@ def _missing_via(scene: _Scene, clean: np.ndarray) -> np.ndarray:
     seen = [via for via in scene.vias if scene.seen(via.y, via.x)]
     ends = [via for via in seen if via.end] or seen or scene.vias
     chosen = ends[scene.defect.integers(len(ends))]
-    window, _ = scene.dot(chosen)
-    others = np.zeros_like(scene.dots)
-    for via in scene.vias:
-        if via is not chosen:
-            place, dot = scene.dot(via)
-            np.maximum(others[place], dot, out=others[place])
+    window, dot = scene.dot(chosen)
     changed = clean.copy()
-    changed[window] -= ((scene.dots - others) * scene.light)[window]
+    changed[window] -= dot
     return changed
 
 
@@ -679,19 +700,23 @@ def _blob(rng: np.random.Generator, window, cy: float, cx: float, radius: float,
     return np.hypot(y, x) - np.float32(radius) * np.clip(outline, 0.5, 1.6)
 
 
-def _join(first: np.ndarray, second: np.ndarray, corner: float = 5.0) -> np.ndarray:
+def _join(first: np.ndarray, second: np.ndarray, out: np.ndarray | None = None, corner: float = 6.0) -> np.ndarray:
     """Union of two signed distances whose inner corners are filled a little, as lithography does."""
     rest = np.maximum(np.float32(corner) - np.abs(first - second), 0)
-    return np.minimum(first, second) - np.square(rest) * np.float32(0.25 / corner)
+    return np.subtract(np.minimum(first, second), np.square(rest) * np.float32(0.25 / corner), out=out)
 
 
 def _slope(field: np.ndarray) -> np.ndarray:
-    """Change from left to right, half a central difference over two pixels."""
+    """Change from left to right: half the difference of the two neighbours, 0 at the border."""
     slope = np.empty_like(field)
-    np.subtract(field[:, 2:], field[:, :-2], out=slope[:, 1:-1])
-    slope[:, 1:-1] *= np.float32(0.5)
-    slope[:, 0], slope[:, -1] = field[:, 1] - field[:, 0], field[:, -1] - field[:, -2]
+    np.subtract(field.ravel()[2:], field.ravel()[:-2], out=slope.ravel()[1:-1])  # a flat view is several times faster
+    slope *= np.float32(0.5)
+    slope[:, 0] = slope[:, -1] = 0
     return slope
+
+
+def _strips(size: int) -> list[slice]:
+    return [slice(start, min(start + _STRIP, size)) for start in range(0, size, _STRIP)]
 
 
 def _on(axis: int, along, across):
@@ -701,11 +726,9 @@ def _on(axis: int, along, across):
 
 def _window(y: float, x: float, reach: float, size: int) -> tuple[slice, slice]:
     """The part of the image within `reach` of a point; at least one pixel."""
-    sides = []
-    for centre in (y, x):
-        low = int(np.clip(centre - reach, 0, size - 1))
-        sides.append(slice(low, int(np.clip(centre + reach + 2, low + 1, size))))
-    return tuple(sides)
+    starts = [min(max(int(centre - reach), 0), size - 1) for centre in (y, x)]
+    stops = [min(max(int(centre + reach) + 2, 1), size) for centre in (y, x)]
+    return tuple(slice(start, max(stop, start + 1)) for start, stop in zip(starts, stops, strict=True))
 
 
 def _offsets(window: tuple[slice, slice], y: float, x: float) -> tuple[np.ndarray, np.ndarray]:
