@@ -130,7 +130,7 @@ class _Router:
         slack = min(0.35 * (stop - start) / self.rules.pitch, 0.7) * self.rules.uneven  # ends of tracks do not line up
         for end, sign, place in zip(ends, (-1, 1), (start, stop), strict=True):
             place -= sign * self.rng.uniform(-0.1, max(slack, 0.1)) * self.rules.pitch * end
-            if end:
+            if end and not (tails and start == stop):  # an island has one via
                 self._via(place, centre, main, half, True)
             tails.append(place + sign * half * (self.rng.uniform(1.0, 1.25) if end else 1.0))
         axis = self.axis if main else 1 - self.axis

@@ -224,15 +224,15 @@ def _render_rows(batch: dict[str, list], **look: Any) -> dict[str, list]:
 class _Style:
     """What distinguishes a style; ranges are (low, high), lengths in nominal pixels, levels of 0 to 255."""
 
-    pitch: tuple[float, float] = (36.0, 72.0)
-    fill: tuple[float, float] = (0.46, 0.64)
-    ground: tuple[float, float] = (44.0, 66.0)
+    pitch: tuple[float, float] = (33.0, 67.0)
+    fill: tuple[float, float] = (0.5, 0.68)
+    ground: tuple[float, float] = (47.0, 69.0)
     metal: tuple[float, float] = (54.0, 80.0)  # above the ground
-    edge: tuple[float, float] = (45.0, 90.0)  # above the metal
+    edge: tuple[float, float] = (42.0, 80.0)  # above the metal
     shadow: tuple[float, float] = (4.0, 14.0)  # below the ground
     decay: tuple[float, float] = (2.4, 4.6)
     focus: tuple[float, float] = (0.9, 1.7)
-    via: tuple[float, float] = (24.0, 58.0)
+    via: tuple[float, float] = (22.0, 48.0)
     noise: tuple[float, float] = (0.12, 0.5)  # variance of the shot noise per level
 
 
@@ -523,7 +523,7 @@ def _particle(scene: _Scene, clean: np.ndarray) -> np.ndarray:
     radius = scene.field * np.exp(rng.uniform(*np.log((0.010, 0.055))))
     cy, cx = scene.place()
     window = _window(cy, cx, 2.2 * radius + 8 * px, scene.size)
-    d = _blob(rng, window, cy, cx, radius, 0.17) / np.float32(px)
+    d = _blob(rng, window, cy, cx, radius, 0.11) / np.float32(px)
     under = clean[window]
     inside = _sigmoid(d * np.float32(-1.6 / scene.look.focus))
     rough = gaussian_filter(rng.standard_normal(d.shape, dtype=np.float32), max(radius * 0.14, 0.7))
@@ -695,7 +695,7 @@ def _blob(rng: np.random.Generator, window, cy: float, cx: float, radius: float,
     y, x = (y * stretch).astype(np.float32), (x / stretch).astype(np.float32)
     angle, outline = np.arctan2(y, x), np.float32(1)
     for order in range(2, 8):
-        strength = rng.normal(0, uneven / order**0.8 * 1.4)
+        strength = rng.normal(0, 2 * uneven / order)
         outline = outline + np.float32(strength) * np.cos(order * angle + np.float32(rng.uniform(0, 2 * np.pi)))
     return np.hypot(y, x) - np.float32(radius) * np.clip(outline, 0.5, 1.6)
 
@@ -710,8 +710,8 @@ def _slope(field: np.ndarray) -> np.ndarray:
     """Change from left to right: half the difference of the two neighbours, 0 at the border."""
     slope = np.empty_like(field)
     np.subtract(field.ravel()[2:], field.ravel()[:-2], out=slope.ravel()[1:-1])  # a flat view is several times faster
-    slope *= np.float32(0.5)
     slope[:, 0] = slope[:, -1] = 0
+    slope *= np.float32(0.5)
     return slope
 
 
