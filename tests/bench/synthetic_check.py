@@ -145,7 +145,7 @@ def outlined(image, mask):
     return shown
 
 
-def sheet(size=232, columns=6):
+def sheet(size=192, columns=6):
     """24 samples: normal images, each kind of defect outlined, the second style and info bars."""
     cells = [(i, None, {}) for i in range(8)] + [(100 + i, KINDS[i % 7], {}) for i in range(11)]
     cells += [(i, None, {"style": "fine"}) for i in (20, 21)] + [(22, "open", {"style": "fine"})]

@@ -36,11 +36,12 @@ class Bar:
 
 @dataclass(frozen=True)
 class Via:
-    """A contact to the next layer: centre and radius in pixels; `end` if a line ends there."""
+    """A contact to the next layer: centre and radius in pixels, brightness around 1; `end` if a line ends there."""
 
     y: float
     x: float
     radius: float
+    level: float
     end: bool
 
 
@@ -120,8 +121,8 @@ class _Router:
 
     def _via(self, along: float, across: float, main: bool, half: float, end: bool) -> None:
         y, x = (along, across) if (self.axis == 0) == main else (across, along)
-        radius = self.rules.via * min(half, 1.3 * self.half)
-        self.vias.append(Via(y, x, radius, end))
+        radius = self.rules.via * min(half, 1.3 * self.half) * self.rng.normal(1, 0.04)
+        self.vias.append(Via(y, x, radius, self.rng.uniform(0.8, 1.1), end))
 
     def _bar(self, main: bool, centre, start, stop, net, ends=(True, True), radius=0.95) -> None:
         """A bar from node to node, along the main direction or across it; `ends` says which get a via."""
@@ -167,9 +168,20 @@ class _Router:
             return
         block[:] = True
         low, high = self.tracks[k], self.tracks[k + wide - 1]
-        net = ((high - low) / 2 + self.half * self.rng.uniform(0.2, 1.1), self.rng.normal(1, 0.02))
+        level = self.rng.normal(1, 0.02)
         start, stop = self.columns[0] - self.rules.pitch, self.columns[-1] + self.rules.pitch
-        self._bar(True, (low + high) / 2, start, stop, net, (False, False))
+        whole = (False, False)
+        if self.rng.random() < 0.35:  # slotted, as wide copper is: rails and ties
+            slot = 0.17 * self.rules.pitch
+            rail = (high - low + 2 * self.half - (wide - 1) * slot) / wide
+            for i in range(wide):
+                centre = low - self.half + rail / 2 + i * (rail + slot)
+                self._bar(True, centre, start, stop, (rail / 2, level), whole)
+            for column in self.columns + self.rng.uniform(-0.5, 0.5) * self.rules.pitch:
+                self._bar(False, column, low, high, (0.4 * self.rules.pitch, level), whole, 0.5)
+            return
+        net = ((high - low) / 2 + self.half * self.rng.uniform(0.2, 1.1), level)
+        self._bar(True, (low + high) / 2, start, stop, net, whole)
         if self.rng.random() < 0.5:  # rows of vias feed it
             for j in range(len(self.columns)):
                 for track in np.linspace(low + 0.4 * self.half, high - 0.4 * self.half, wide):

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import binary_closing, binary_fill_holes, find_objects, gaussian_filter, gaussian_filter1d
+from scipy.ndimage import binary_closing, binary_fill_holes, gaussian_filter, gaussian_filter1d
 from scipy.special import ndtri
 
 from zoo.data.layout import Bar, Rules, Via, route
@@ -37,6 +37,8 @@ DEFAULTS = {
 }
 MIN_SIZE = 32  # pixels; below it the lines are thinner than their edges
 FIELD = {"metal": 2000, "fine": 1000}  # nm from side to side of images of 128 pixels or more
+
+Window = tuple[slice, slice]
 
 _CHOICES = {"style": STYLES, "bits": (8, 16), "bar": (0, 1)}
 _NOMINAL = 512  # pixels: lengths of the look are given for images of this side
@@ -75,13 +77,10 @@ def render(
     Raises:
         ZooError: an unknown kind, style or number of bits, or a value out of range.
     """
-    for name, value, known in (
-        ("defect kind", kind, (None, *KINDS)),
-        ("style", style, STYLES),
-        ("bits", bits, (8, 16)),
-    ):
-        if value not in known:
-            raise ZooError(_unknown(name, value, [item for item in known if item is not None]))
+    if kind is not None and kind not in KINDS:
+        raise ZooError(f"unknown defect kind {kind!r}{_nearest(kind, KINDS)}; the kinds are {', '.join(KINDS)}")
+    for key, value in {"style": style, "bits": bits, "bar": bar}.items():
+        _check_option(key, value)
     if index < 0 or seed < 0 or size < MIN_SIZE:
         raise ZooError(
             f"synthetic data needs index >= 0, seed >= 0 and size >= {MIN_SIZE}; got {index}, {seed}, {size}"
@@ -91,12 +90,13 @@ def render(
     image = scene.expose(clean, bits)
     mask = np.zeros((size, size), bool)
     if kind is not None:
-        changed = _DEFECTS[kind](scene, clean)
-        change = np.abs(changed - clean)
-        mask = change > min(_CONSEQUENCE, change.max() / 2)  # never empty
-        window = find_objects(mask.view(np.uint8))[0]
-        mask[window] = binary_fill_holes(mask[window] | binary_closing(mask[window]))
-        image[window] = np.where(mask[window], scene.expose(changed, bits, window), image[window])
+        window, changed = _DEFECTS[kind](scene, clean)
+        change = np.abs(changed - clean[window])
+        found = change > min(_CONSEQUENCE, change.max() / 2)  # never empty
+        found = binary_fill_holes(found | binary_closing(found))
+        clean[window] = changed
+        image[window] = np.where(found, scene.expose(clean, bits, window), image[window])
+        mask[window] = found
     if bar:
         height = size // 12
         image[-height:] = _info_bar(size, height, style, size / scene.field, scene.look.noise, bits)
@@ -190,17 +190,15 @@ def parse_options(text: str) -> dict[str, int | str]:
 
 
 def _check_option(key: str, value: int | str) -> None:
-    low = {"seed": 0, "size": MIN_SIZE}.get(key, 1)
     if key in _CHOICES:
+        known = [str(item) for item in _CHOICES[key]]
         if value not in _CHOICES[key]:
-            raise ZooError(_unknown(f"synthetic option {key!r}:", value, _CHOICES[key]))
-    elif value < low:
+            near = _nearest(str(value), known)
+            raise ZooError(f"synthetic option {key!r} is {value!r}{near}; it must be one of {', '.join(known)}")
+        return
+    low = {"seed": 0, "size": MIN_SIZE}.get(key, 1)
+    if value < low:
         raise ZooError(f"synthetic option {key!r} is {value}; it must be at least {low}")
-
-
-def _unknown(name: str, value: Any, known) -> str:
-    known = [str(item) for item in known]
-    return f"unknown {name} {value!r}{_nearest(str(value), known)}; known are {', '.join(known)}"
 
 
 def _nearest(word: str, words) -> str:
@@ -412,7 +410,7 @@ class _Scene:
         waves = np.cos(np.pi / 2 * np.outer(np.arange(3), ramp + 1)).astype(np.float32)  # (3, N)
         drift = waves.T @ rng.normal(0, 0.022, (3, 3)).astype(np.float32) @ waves
         charge = near @ (metal - metal.mean()) @ near * np.float32(rng.uniform(-0.14, 0.02))
-        mottle = rng.standard_normal((nodes, nodes), dtype=np.float32) * np.float32(rng.uniform(0.01, 0.035))
+        mottle = rng.standard_normal((nodes, nodes), dtype=np.float32) * np.float32(rng.uniform(0.01, 0.045))
         rows = gaussian_filter1d(rng.standard_normal(size, dtype=np.float32), 5 * self.scale) * 2
         rows += rng.standard_normal(size, dtype=np.float32)
         self.rows = 1 + rows[:, None] * np.float32(rng.uniform(0.001, 0.006))  # (S, 1)
@@ -456,16 +454,16 @@ class _Scene:
         grey *= light
         return grey
 
-    def dot(self, via: Via) -> tuple[tuple[slice, slice], np.ndarray]:
+    def dot(self, via: Via) -> tuple[Window, np.ndarray]:
         """Window and grey levels of a via: a soft disc."""
         turn, middle = self.look.tilt, self.size / 2
         y, x = via.y - turn * (via.x - middle), via.x + turn * (via.y - middle)
         window = _window(y, x, 2.2 * via.radius, self.size)
         rows, columns = _offsets(window, y, x)
         r = (np.square(rows) + np.square(columns)) * np.float32(via.radius**-2)
-        return window, np.float32(self.look.via) / (1 + r * r * r)
+        return window, np.float32(self.look.via * via.level) / (1 + r * r * r)
 
-    def expose(self, grey: np.ndarray, bits: int, window: tuple[slice, slice] | None = None) -> np.ndarray:
+    def expose(self, grey: np.ndarray, bits: int, window: Window | None = None) -> np.ndarray:
         """Shot noise (its variance grows with the signal), saturation and digits; of a window or all."""
         if window is None:
             image = np.empty(grey.shape, np.uint8 if bits == 8 else np.uint16)
@@ -510,14 +508,30 @@ class _Scene:
         """Where the middle of a bar is, across, at a place along it."""
         return bar.centre + (1 if bar.axis == 0 else -1) * self.look.tilt * (along - self.size / 2)
 
-    def reshaped(self, clean: np.ndarray, distance: np.ndarray, rows: slice, strength: float = 1.0) -> np.ndarray:
-        """The clean image with another geometry (of whole rows), seen as strongly as given."""
-        changed = clean.copy()
-        changed[rows] += np.float32(strength) * (self.shade(distance, rows) - self.shade(self.distance[rows], rows))
-        return changed
+    def space(self) -> tuple[int, float, int, int]:
+        """Between two neighbours: their axis, a place along them, and pixels across where one ends and one begins."""
+        step, pitch = max(self.scale, 0.5), self.look.pitch
+        for _ in range(200):
+            bar, along = self.spot(np.inf, 0.0)
+            side, edge = self.defect.choice([-1, 1]), bar.half - self.scale
+            path = self.tilted(bar, along) + side * np.arange(edge, edge + 1.4 * pitch, step)
+            path = np.clip(path, 0, self.size - 1).astype(int)
+            metal = self.distance[_on(bar.axis, np.full(len(path), int(along)), path)] < 0
+            first = int(np.argmin(metal))  # in the space, if there is one
+            if not metal[first] and metal[first:].any():
+                return bar.axis, along, int(path[max(first - 1, 0)]), int(path[first + np.argmax(metal[first:])])
+        return bar.axis, along, int(path[0]), int(path[len(path) // 3])
+
+    def reshaped(self, clean: np.ndarray, window: Window, distance: np.ndarray, strength: float) -> np.ndarray:
+        """The window of the clean image with another geometry, seen as strongly as given."""
+        rows, columns = window
+        whole = self.distance[rows].copy()
+        whole[:, columns] = distance
+        change = self.shade(whole, rows)[:, columns] - self.shade(self.distance[rows], rows)[:, columns]
+        return clean[window] + np.float32(strength) * change
 
 
-def _particle(scene: _Scene, clean: np.ndarray) -> np.ndarray:
+def _particle(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """An irregular grain with a bright rim and texture, lying on lines and ground, with a shadow at one side."""
     rng, px = scene.defect, scene.scale
     radius = scene.field * np.exp(rng.uniform(*np.log((0.010, 0.055))))
@@ -537,12 +551,10 @@ def _particle(scene: _Scene, clean: np.ndarray) -> np.ndarray:
     shade = (
         np.float32(rng.uniform(0.05, 0.3)) * np.exp(-np.maximum(d, 0) / 4) * _sigmoid((x + y) / np.float32(radius / 2))
     )
-    changed = clean.copy()
-    changed[window] = np.maximum(under * (1 - shade), np.minimum(low, under)) * (1 - inside) + grain * inside
-    return changed
+    return window, np.maximum(under * (1 - shade), np.minimum(low, under)) * (1 - inside) + grain * inside
 
 
-def _scratch(scene: _Scene, clean: np.ndarray) -> np.ndarray:
+def _scratch(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """A thin, slightly bent groove (dark) or ridge (bright) of uneven depth, with material pushed aside."""
     rng, px = scene.defect, scene.scale
     half = scene.field * np.exp(rng.uniform(*np.log((0.07, 0.33))))
@@ -562,46 +574,34 @@ def _scratch(scene: _Scene, clean: np.ndarray) -> np.ndarray:
     u, v = u[near], v[near]
     off = (v - bend * (0.5 - np.square(u)) - np.interp(u, nodes, sway)) / width
     profile = np.exp(-np.square(off) / 2) - 0.3 * np.exp(-np.square(off - 2.4) / 2)
-    changed, (low, high) = clean.copy(), scene.limits(clean)
-    under = clean[window][near]
+    (low, high), changed = scene.limits(clean), clean[window].copy()
+    under = changed[near]
     moved = under + contrast * np.interp(u, nodes, depth) * profile
-    changed[window][near] = np.clip(moved, np.minimum(low, under), np.maximum(high, under))
-    return changed
+    changed[near] = np.clip(moved, np.minimum(low, under), np.maximum(high, under))
+    return window, changed
 
 
-def _bridge(scene: _Scene, clean: np.ndarray) -> np.ndarray:
+def _bridge(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """Line material across the space between two neighbours: a short, from a hair to a full blob, whole or faint."""
-    rng, px, pitch = scene.defect, scene.scale, scene.look.pitch
-    for _ in range(200):
-        bar, along = scene.spot(np.inf, 0.0)
-        side, centre = rng.choice([-1, 1]), scene.tilted(bar, along)
-        path = (centre + side * np.arange(bar.half - px, bar.half + 1.4 * pitch, max(px, 0.5))).astype(int)
-        path = path[(path >= 0) & (path < scene.size)]
-        metal = scene.distance[_on(bar.axis, np.full(len(path), int(along)), path)] < 0
-        spaces = np.flatnonzero(~metal)
-        if spaces.size and metal[spaces[0] :].any():
-            break
-    start = path[max(spaces[0] - 1, 0)]
-    stop = path[spaces[0] + np.argmax(metal[spaces[0] :])]
+    rng, px = scene.defect, scene.scale
+    axis, along, start, stop = scene.space()
     gap = max(abs(stop - start), 2)
     thick = np.exp(rng.uniform(np.log(1.6 * px), np.log(max(0.45 * gap, 2.6 * px))))  # half, at the waist
     flare, slant = rng.uniform(0.1, 0.8), rng.uniform(-0.3, 0.3)
-    y, x = _on(bar.axis, along, (start + stop) / 2)
+    y, x = _on(axis, along, (start + stop) / 2)
     window = _window(y, x, gap + 2 * thick + 12 * px, scene.size)
-    t, c = _on(bar.axis, *_offsets(window, y, x))  # along the line and across it
+    t, c = _on(axis, *_offsets(window, y, x))  # along the lines and across them
     c = c / np.float32(gap / 2)  # -1 to 1 from line to line
     ragged = gaussian_filter1d(rng.standard_normal((2, c.size), dtype=np.float32), 3 * px) * np.float32(1.6 * px)
     waist = thick * (1 + flare * np.minimum(np.square(c), 1.5)) + ragged[0].reshape(c.shape)
     middle = slant * gap / 2 * c + ragged[1].reshape(c.shape)
     beyond = (np.abs(c) - 1) * (gap / 2) - 3 * px
     material = np.maximum(np.abs(t - middle) - waist, beyond) / np.float32(px)
-    rows = window[0]
-    distance = scene.distance[rows].copy()
-    distance[:, window[1]] = _join(distance[:, window[1]], material.astype(np.float32))
-    return scene.reshaped(clean, distance, rows, rng.uniform(0.4, 1.0))
+    joined = _join(scene.distance[window], material.astype(np.float32))
+    return window, scene.reshaped(clean, window, joined, rng.uniform(0.4, 1.0))
 
 
-def _open(scene: _Scene, clean: np.ndarray) -> np.ndarray:
+def _open(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """A ragged break of a line, narrower than the spaces that were drawn; residue may be left in it."""
     rng, px = scene.defect, scene.scale
     bar, along = scene.spot(0.5 * scene.look.pitch, 0.45 * scene.look.pitch)
@@ -613,10 +613,11 @@ def _open(scene: _Scene, clean: np.ndarray) -> np.ndarray:
     curved = np.float32(rng.uniform(0.0, 0.5) * gap) * np.square(c / np.float32(bar.half))
     cut = np.abs(t - ragged[0].reshape(c.shape)) - np.float32(gap) - curved - ragged[1].reshape(c.shape)
     cut = np.maximum(cut, np.abs(c) - np.float32(bar.half + 4 * px)) / np.float32(px)
-    return _carved(scene, clean, window, cut, rng.uniform(0.5, 1.0))
+    carved = -_join(-scene.distance[window], cut)
+    return window, scene.reshaped(clean, window, carved, rng.uniform(0.5, 1.0))
 
 
-def _mousebite(scene: _Scene, clean: np.ndarray) -> np.ndarray:
+def _mousebite(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """Missing metal at one edge of a line, or at both: necking."""
     rng, px = scene.defect, scene.scale
     bar, along = scene.spot(np.inf, 0.2 * scene.look.pitch)
@@ -632,21 +633,20 @@ def _mousebite(scene: _Scene, clean: np.ndarray) -> np.ndarray:
     for side in sides:
         cy, cx = _on(bar.axis, along + both * rng.uniform(-2, 2) * px, middle + side * (bar.half + radius - deep))
         cut = np.minimum(cut, _blob(rng, window, cy, cx, radius, 0.1) / np.float32(px))
-    return _carved(scene, clean, window, cut, 1.0)
+    carved = -_join(-scene.distance[window], cut)
+    return window, scene.reshaped(clean, window, carved, 1.0)
 
 
-def _missing_via(scene: _Scene, clean: np.ndarray) -> np.ndarray:
+def _missing_via(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """A via at the end of a line that was not opened."""
     seen = [via for via in scene.vias if scene.seen(via.y, via.x)]
     ends = [via for via in seen if via.end] or seen or scene.vias
     chosen = ends[scene.defect.integers(len(ends))]
     window, dot = scene.dot(chosen)
-    changed = clean.copy()
-    changed[window] -= dot
-    return changed
+    return window, clean[window] - dot
 
 
-def _stain(scene: _Scene, clean: np.ndarray) -> np.ndarray:
+def _stain(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """A film of residue: soft, irregular, darker or brighter, with a faint border where it dried."""
     rng = scene.defect
     radius = scene.field * np.exp(rng.uniform(*np.log((0.03, 0.1))))
@@ -661,18 +661,7 @@ def _stain(scene: _Scene, clean: np.ndarray) -> np.ndarray:
     (low, high), under = scene.limits(clean), clean[window]
     grey = np.mean(under, dtype=np.float64)
     thick = np.float32(contrast) * film + np.float32(0.4 * abs(contrast) / grey) * film * (grey - under)  # it veils
-    changed = clean.copy()
-    changed[window] = np.clip(under + thick, np.minimum(low, under), np.maximum(high, under))
-    return changed
-
-
-def _carved(
-    scene: _Scene, clean: np.ndarray, window: tuple[slice, slice], cut: np.ndarray, strength: float
-) -> np.ndarray:
-    """The clean image without the metal where the distance `cut` (nominal pixels) is negative."""
-    distance = scene.distance[window[0]].copy()
-    distance[:, window[1]] = -_join(-distance[:, window[1]], cut)
-    return scene.reshaped(clean, distance, window[0], strength)
+    return window, np.clip(under + thick, np.minimum(low, under), np.maximum(high, under))
 
 
 _DEFECTS = {
@@ -686,10 +675,10 @@ _DEFECTS = {
 }
 
 
-def _blob(rng: np.random.Generator, window, cy: float, cx: float, radius: float, uneven: float) -> np.ndarray:
+def _blob(rng: np.random.Generator, window: Window, cy: float, cx: float, radius: float, uneven: float) -> np.ndarray:
     """Signed distance in pixels, nearly, to an irregular round outline."""
     y, x = _offsets(window, cy, cx)
-    stretch = np.exp(rng.normal(0, 0.18))
+    stretch = np.exp(rng.normal(0, 0.15))
     turn = rng.uniform(0, np.pi)
     y, x = x * np.sin(turn) + y * np.cos(turn), x * np.cos(turn) - y * np.sin(turn)
     y, x = (y * stretch).astype(np.float32), (x / stretch).astype(np.float32)
@@ -697,7 +686,7 @@ def _blob(rng: np.random.Generator, window, cy: float, cx: float, radius: float,
     for order in range(2, 8):
         strength = rng.normal(0, 2 * uneven / order)
         outline = outline + np.float32(strength) * np.cos(order * angle + np.float32(rng.uniform(0, 2 * np.pi)))
-    return np.hypot(y, x) - np.float32(radius) * np.clip(outline, 0.5, 1.6)
+    return np.hypot(y, x) - np.float32(radius) * np.clip(outline, 0.6, 1.5)
 
 
 def _join(first: np.ndarray, second: np.ndarray, out: np.ndarray | None = None, corner: float = 6.0) -> np.ndarray:
@@ -724,14 +713,14 @@ def _on(axis: int, along, across):
     return (along, across) if axis == 0 else (across, along)
 
 
-def _window(y: float, x: float, reach: float, size: int) -> tuple[slice, slice]:
+def _window(y: float, x: float, reach: float, size: int) -> Window:
     """The part of the image within `reach` of a point; at least one pixel."""
     starts = [min(max(int(centre - reach), 0), size - 1) for centre in (y, x)]
     stops = [min(max(int(centre + reach) + 2, 1), size) for centre in (y, x)]
     return tuple(slice(start, max(stop, start + 1)) for start, stop in zip(starts, stops, strict=True))
 
 
-def _offsets(window: tuple[slice, slice], y: float, x: float) -> tuple[np.ndarray, np.ndarray]:
+def _offsets(window: Window, y: float, x: float) -> tuple[np.ndarray, np.ndarray]:
     """Rows (H, 1) and columns (1, W) of a window, from a point."""
     rows, columns = (np.arange(side.start, side.stop, dtype=np.float32) for side in window)
     return rows[:, None] - np.float32(y), columns[None] - np.float32(x)
