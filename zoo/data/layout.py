@@ -178,7 +178,8 @@ class _Router:
                 centre = low - self.half + rail / 2 + i * (rail + slot)
                 self._bar(True, centre, start, stop, (rail / 2, level), whole)
             for column in self.columns + self.rng.uniform(-0.5, 0.5) * self.rules.pitch:
-                self._bar(False, column, low, high, (0.4 * self.rules.pitch, level), whole, 0.5)
+                inset = 0.5 * self.rules.pitch - self.half  # a tie ends inside of the outer rails
+                self._bar(False, column, low + inset, high - inset, (0.4 * self.rules.pitch, level), whole, 0.5)
             return
         net = ((high - low) / 2 + self.half * self.rng.uniform(0.2, 1.1), level)
         self._bar(True, (low + high) / 2, start, stop, net, whole)

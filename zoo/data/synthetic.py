@@ -229,7 +229,7 @@ class _Style:
     edge: tuple[float, float] = (42.0, 80.0)  # above the metal
     shadow: tuple[float, float] = (4.0, 14.0)  # below the ground
     decay: tuple[float, float] = (2.4, 4.6)
-    focus: tuple[float, float] = (0.9, 1.7)
+    focus: tuple[float, float] = (0.8, 2.0)
     via: tuple[float, float] = (22.0, 48.0)
     noise: tuple[float, float] = (0.12, 0.5)  # variance of the shot noise per level
 
@@ -286,7 +286,7 @@ class _Look:
         self.density, self.character = even(), even()
         self.gain = even(0.88, 1.12)
         self.tilt = even(-0.006, 0.006)  # rotation of the stage, radians
-        self.rough = even(0.2, 0.65) * scale
+        self.rough = even(0.15, 0.5) * scale
         self.smear = even(-0.4, 0.4)  # which side of a line is brighter
         self.uneven = even()
         self.via_size = even(0.5, 0.72)
@@ -408,7 +408,7 @@ class _Scene:
         metal = (self.distance[np.ix_(pick, pick)] < 0).astype(np.float32)  # (N, N)
         ramp = np.linspace(-1, 1, nodes, dtype=np.float32)
         waves = np.cos(np.pi / 2 * np.outer(np.arange(3), ramp + 1)).astype(np.float32)  # (3, N)
-        drift = waves.T @ rng.normal(0, 0.022, (3, 3)).astype(np.float32) @ waves
+        drift = waves.T @ rng.normal(0, 0.028, (3, 3)).astype(np.float32) @ waves
         charge = near @ (metal - metal.mean()) @ near * np.float32(rng.uniform(-0.14, 0.02))
         mottle = rng.standard_normal((nodes, nodes), dtype=np.float32) * np.float32(rng.uniform(0.01, 0.045))
         rows = gaussian_filter1d(rng.standard_normal(size, dtype=np.float32), 5 * self.scale) * 2
