@@ -99,7 +99,7 @@ def render(
         mask[window] = found
     if bar:
         height = size // 12
-        image[-height:] = _info_bar(size, height, style, size / scene.field, scene.look.noise, bits)
+        image[-height:] = _info_bar(size, height, FIELD[style] / (_NOMINAL * scene.scale), scene.look.noise, bits)
         mask[-height:] = False
     return image, mask
 
@@ -339,7 +339,7 @@ class _Scene:
         layout, look, noise, self.defect = (np.random.Generator(np.random.SFC64(stream)) for stream in streams)
         self.size = size
         self.scale = max(size / _NOMINAL, _SMALLEST / _NOMINAL)  # pixels a nominal pixel
-        self.field = max(size, _SMALLEST)  # pixels from side to side of the whole field
+        self.field = max(size, min(_SMALLEST, 2 * size))  # pixels that the sizes of defects refer to
         self.look = _Look(_Even(index, seed), _LOOKS[style], self.scale, size / self.scale)
         self.bars, self.vias = route(layout, size, self.look.axis, self.look.rules(layout))
         self._draw(look)
@@ -730,9 +730,8 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
     return 0.5 + 0.5 * np.tanh(0.5 * x)
 
 
-def _info_bar(size: int, height: int, style: str, share: float, seed: float, bits: int) -> np.ndarray:
-    """Dark strip (height, size) with the conditions of the exposure and a scale whose length is written beside it."""
-    nm = FIELD[style] * share / size  # a pixel
+def _info_bar(size: int, height: int, nm: float, noise: float, bits: int) -> np.ndarray:
+    """Dark strip (height, size) with the conditions of the exposure and a scale; `nm` is the size of a pixel."""
     length = max((n for n in (10, 20, 50, 100, 200, 500) if n / nm < 0.3 * size), default=10)
     strip = Image.new("L", (size, height), 12)
     draw = ImageDraw.Draw(strip)
@@ -744,7 +743,8 @@ def _info_bar(size: int, height: int, style: str, share: float, seed: float, bit
     draw.line([(start, middle), (start + length / nm, middle)], 235, max(height // 12, 1))
     for tick in (start, start + length / nm):
         draw.line([(tick, height * 0.3), (tick, height * 0.7)], 235, max(height // 20, 1))
-    for text in (f"SE  {1 + int(seed * 9)}.0 kV  WD {2 + seed * 4:.1f} mm", f"{1 + int(seed * 9)} kV"):
+    volts = 1 + int(9 * noise)
+    for text in (f"SE  {volts}.0 kV  WD {2 + 4 * noise:.1f} mm", f"{volts} kV"):
         if height / 3 + draw.textlength(text, font) < start - height / 3:
             draw.text((height / 3, middle), text, 200, font, anchor="lm")
             break
