@@ -161,7 +161,7 @@ class _Router:
 
     def power(self) -> None:
         """A line of two to four tracks' width from side to side."""
-        wide = int(self.rng.choice([2, 2, 2, 3, 4]))
+        wide = int(self.rng.choice([2, 2, 2, 3]))
         k = int(self.rng.integers(0, max(len(self.tracks) - wide, 1)))
         block = self.used[k : k + wide]
         if len(block) < wide or block.any():
@@ -171,7 +171,7 @@ class _Router:
         level = self.rng.normal(1, 0.02)
         start, stop = self.columns[0] - self.rules.pitch, self.columns[-1] + self.rules.pitch
         whole = (False, False)
-        if self.rng.random() < 0.35:  # slotted, as wide copper is: rails and ties
+        if self.rng.random() < 0.25:  # slotted, as wide copper is: rails and ties
             slot = 0.17 * self.rules.pitch
             rail = (high - low + 2 * self.half - (wide - 1) * slot) / wide
             for i in range(wide):
@@ -183,7 +183,7 @@ class _Router:
             return
         net = ((high - low) / 2 + self.half * self.rng.uniform(0.2, 1.1), level)
         self._bar(True, (low + high) / 2, start, stop, net, whole)
-        if self.rng.random() < 0.5:  # rows of vias feed it
+        if self.rng.random() < 0.12:  # rows of vias feed it
             for j in range(len(self.columns)):
                 for track in np.linspace(low + 0.4 * self.half, high - 0.4 * self.half, wide):
                     self._via(self.columns[j], track, True, self.half, False)
@@ -209,9 +209,9 @@ class _Router:
             self.used[k - 1 : k + 2, end - 1 : end + 2] = True
         half, level = self._style()
         room = min(self.tracks[k] - self.tracks[k - 1], self.tracks[k + 1] - self.tracks[k])
-        pad = room * self.rng.uniform(0.72, 0.95)
+        pad = room * self.rng.uniform(0.76, 0.9)
         round_ = 0.5 if self.rules.uneven < 0.4 else 0.9
-        self._run(k, j, j + length, (half * self.rng.uniform(0.6, 0.95), level), (False, False))
+        self._run(k, j, j + length, (half * self.rng.uniform(0.7, 0.9), level), (False, False))
         for column in (self.columns[j], self.columns[j + length]):
             long = pad * self.rng.uniform(0.75, 0.95)
             bar = Bar(

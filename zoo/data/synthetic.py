@@ -222,16 +222,16 @@ def _render_rows(batch: dict[str, list], **look: Any) -> dict[str, list]:
 class _Style:
     """What distinguishes a style; ranges are (low, high), lengths in nominal pixels, levels of 0 to 255."""
 
-    pitch: tuple[float, float] = (33.0, 67.0)
+    pitch: tuple[float, float] = (38.0, 61.0)
     fill: tuple[float, float] = (0.5, 0.68)
     ground: tuple[float, float] = (47.0, 69.0)
-    metal: tuple[float, float] = (54.0, 80.0)  # above the ground
-    edge: tuple[float, float] = (42.0, 80.0)  # above the metal
+    metal: tuple[float, float] = (56.0, 78.0)  # above the ground
+    edge: tuple[float, float] = (46.0, 78.0)  # above the metal
     shadow: tuple[float, float] = (4.0, 14.0)  # below the ground
     decay: tuple[float, float] = (2.4, 4.6)
-    focus: tuple[float, float] = (0.8, 2.0)
-    via: tuple[float, float] = (22.0, 48.0)
-    noise: tuple[float, float] = (0.12, 0.5)  # variance of the shot noise per level
+    focus: tuple[float, float] = (1.0, 1.8)
+    via: tuple[float, float] = (36.0, 58.0)
+    noise: tuple[float, float] = (0.12, 0.4)  # variance of the shot noise per level
 
 
 _LOOKS = {
@@ -282,14 +282,14 @@ class _Look:
         self.decay = even(*style.decay)
         self.focus = even(*style.focus)
         self.via = even(*style.via)
-        self.noise = even(*style.noise)
+        self.noise = even(*style.noise) * min(scale, 1.0)  # a larger pixel gathers more electrons
         self.density, self.character = even(), even()
-        self.gain = even(0.88, 1.12)
+        self.gain = even(0.9, 1.1)
         self.tilt = even(-0.006, 0.006)  # rotation of the stage, radians
-        self.rough = even(0.15, 0.5) * scale
+        self.rough = even(0.15, 0.4) * scale
         self.smear = even(-0.4, 0.4)  # which side of a line is brighter
         self.uneven = even()
-        self.via_size = even(0.5, 0.72)
+        self.via_size = even(0.6, 0.78)
 
     def rules(self, rng: np.random.Generator) -> Rules:
         """Design rules: from long parallel lines to short pieces with many corners."""
@@ -297,13 +297,13 @@ class _Look:
         return Rules(
             pitch=self.pitch,
             fill=self.fill,
-            skip=0.01 + 0.3 * self.density**2,
-            reach=(2.2 if kind < 0.35 else 5.0 if kind < 0.75 else 30.0) * np.exp(rng.normal(0, 0.25)),
-            bends=int(rng.poisson(8 if kind < 0.35 else 3)) * (kind < 0.85),
-            dumbbells=int(rng.poisson(6 if 0.2 < kind < 0.5 else 0.7)),
-            power=int(rng.poisson(0.7)),
-            whole=0.9 if self.uneven < 0.8 else 0.4,
-            hollow=float(rng.random() < 0.3) * rng.uniform(0.06, 0.25),
+            skip=0.01 + 0.15 * self.density**2,
+            reach=(3.5 if kind < 0.2 else 7.0 if kind < 0.6 else 30.0) * np.exp(rng.normal(0, 0.25)),
+            bends=int(rng.poisson(3 if kind < 0.2 else 1.5)) * (kind < 0.7),
+            dumbbells=int(rng.poisson(4)) * (0.1 < kind < 0.4),
+            power=int(rng.poisson(0.45)),
+            whole=0.98,
+            hollow=float(rng.random() < 0.25) * rng.uniform(0.06, 0.2),
             via=self.via_size,
             uneven=self.uneven,
         )
@@ -473,7 +473,7 @@ class _Scene:
         grain = _normal().take(self.grain[window[0]], mode="clip")
         grain[:, 1:] += np.float32(0.35) * grain[:, :-1]  # the detector is slower than the beam
         grey = grey[window]
-        value = np.sqrt(np.maximum(grey, 0) * np.float32(self.look.noise) + 4)
+        value = np.sqrt(np.maximum(grey, 0) * np.float32(self.look.noise) + 3)
         value *= grain[:, window[1]]
         value += grey
         np.clip(value, 0, 255, out=value)
@@ -534,18 +534,18 @@ class _Scene:
 def _particle(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """An irregular grain with a bright rim and texture, lying on lines and ground, with a shadow at one side."""
     rng, px = scene.defect, scene.scale
-    radius = scene.field * np.exp(rng.uniform(*np.log((0.010, 0.055))))
+    radius = scene.field * np.exp(rng.uniform(*np.log((0.024, 0.075))))
     cy, cx = scene.place()
     window = _window(cy, cx, 2.2 * radius + 8 * px, scene.size)
     d = _blob(rng, window, cy, cx, radius, 0.11) / np.float32(px)
     under = clean[window]
     inside = _sigmoid(d * np.float32(-1.6 / scene.look.focus))
     rough = gaussian_filter(rng.standard_normal(d.shape, dtype=np.float32), max(radius * 0.14, 0.7))
-    rough *= np.float32(rng.uniform(4, 12) / (rough.std() + 1e-6))
+    rough *= np.float32(rng.uniform(8, 24) / (rough.std() + 1e-6))
     y, x = _offsets(window, cy, cx)
     lit = np.float32(rng.uniform(4, 14) / radius) * -(x + y)  # brighter towards the detector
     low, high = scene.limits(clean)
-    body = np.quantile(under, rng.uniform(0.05, 0.95)) + rng.choice([-1, 1]) * rng.uniform(8, 32)
+    body = np.mean(under, dtype=np.float64) + rng.choice([-1, 1]) * rng.uniform(30, 80)
     rim = np.float32(rng.uniform(0.2, 0.8) * scene.look.edge) * np.exp(-np.abs(d + 2) / np.float32(2.5))
     grain = np.clip(np.float32(np.clip(body, low, high)) + rough + lit + rim, low, high)
     shade = (
@@ -557,9 +557,9 @@ def _particle(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
 def _scratch(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """A thin, slightly bent groove (dark) or ridge (bright) of uneven depth, with material pushed aside."""
     rng, px = scene.defect, scene.scale
-    half = scene.field * np.exp(rng.uniform(*np.log((0.07, 0.33))))
-    width = np.exp(rng.uniform(*np.log((1.2, 3.2)))) * px
-    contrast = np.exp(rng.uniform(*np.log((22, 75)))) * rng.choice([-1, 1])
+    half = scene.field * np.exp(rng.uniform(*np.log((0.08, 0.35))))
+    width = np.exp(rng.uniform(*np.log((1.8, 4.0)))) * px
+    contrast = np.exp(rng.uniform(*np.log((30, 90)))) * rng.choice([-1, 1])
     angle, bend = rng.uniform(0, np.pi), half * rng.uniform(-0.3, 0.3)
     cy, cx = scene.place(0.15)
     nodes = np.linspace(-1, 1, 96)
@@ -586,7 +586,7 @@ def _bridge(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     rng, px = scene.defect, scene.scale
     axis, along, start, stop = scene.space()
     gap = max(abs(stop - start), 2)
-    thick = np.exp(rng.uniform(np.log(1.6 * px), np.log(max(0.45 * gap, 2.6 * px))))  # half, at the waist
+    thick = np.exp(rng.uniform(np.log(4 * px), np.log(max(0.9 * gap, 6 * px))))  # half, at the waist
     flare, slant = rng.uniform(0.1, 0.8), rng.uniform(-0.3, 0.3)
     y, x = _on(axis, along, (start + stop) / 2)
     window = _window(y, x, gap + 2 * thick + 12 * px, scene.size)
@@ -598,7 +598,7 @@ def _bridge(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     beyond = (np.abs(c) - 1) * (gap / 2) - 3 * px
     material = np.maximum(np.abs(t - middle) - waist, beyond) / np.float32(px)
     joined = _join(scene.distance[window], material.astype(np.float32))
-    return window, scene.reshaped(clean, window, joined, rng.uniform(0.4, 1.0))
+    return window, scene.reshaped(clean, window, joined, rng.uniform(0.6, 1.0))
 
 
 def _open(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
@@ -606,15 +606,15 @@ def _open(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     rng, px = scene.defect, scene.scale
     bar, along = scene.spot(0.5 * scene.look.pitch, 0.45 * scene.look.pitch)
     y, x = _on(bar.axis, along, scene.tilted(bar, along))
-    gap = np.exp(rng.uniform(np.log(2.0 * px), np.log(max(0.24 * scene.look.pitch, 3.5 * px))))  # half
+    gap = np.exp(rng.uniform(np.log(6.0 * px), np.log(max(0.34 * scene.look.pitch, 8.0 * px))))  # half
     window = _window(y, x, bar.half + gap + 12 * px, scene.size)
     t, c = _on(bar.axis, *_offsets(window, y, x))
-    ragged = gaussian_filter1d(rng.standard_normal((2, c.size), dtype=np.float32), 3 * px) * np.float32(2.0 * px)
+    ragged = gaussian_filter1d(rng.standard_normal((2, c.size), dtype=np.float32), 3 * px) * np.float32(3.5 * px)
     curved = np.float32(rng.uniform(0.0, 0.5) * gap) * np.square(c / np.float32(bar.half))
     cut = np.abs(t - ragged[0].reshape(c.shape)) - np.float32(gap) - curved - ragged[1].reshape(c.shape)
     cut = np.maximum(cut, np.abs(c) - np.float32(bar.half + 4 * px)) / np.float32(px)
     carved = -_join(-scene.distance[window], cut)
-    return window, scene.reshaped(clean, window, carved, rng.uniform(0.5, 1.0))
+    return window, scene.reshaped(clean, window, carved, rng.uniform(0.65, 1.0))
 
 
 def _mousebite(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
@@ -622,11 +622,11 @@ def _mousebite(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     rng, px = scene.defect, scene.scale
     bar, along = scene.spot(np.inf, 0.2 * scene.look.pitch)
     middle, half = scene.tilted(bar, along), min(bar.half, 0.35 * scene.look.pitch)
-    deep = half * rng.uniform(0.4, 1.25)
+    deep = half * rng.uniform(0.75, 1.7)
     both = rng.random() < 0.35
     sides = (-1, 1) if both else (rng.choice([-1, 1]),)
     deep *= 0.65 if both else 1.0
-    radius = max(deep * rng.uniform(0.7, 1.6), 3 * px)
+    radius = max(deep * rng.uniform(0.7, 1.5), 4 * px)
     y, x = _on(bar.axis, along, middle)
     window = _window(y, x, bar.half + 2 * radius + 12 * px, scene.size)
     cut = np.float32(_REACH)
@@ -638,26 +638,26 @@ def _mousebite(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
 
 
 def _missing_via(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
-    """A via at the end of a line that was not opened."""
+    """A via at the end of a line that is not there, or that was not filled: a dark hole."""
     seen = [via for via in scene.vias if scene.seen(via.y, via.x)]
     ends = [via for via in seen if via.end] or seen or scene.vias
     chosen = ends[scene.defect.integers(len(ends))]
     window, dot = scene.dot(chosen)
-    return window, clean[window] - dot
+    return window, clean[window] - dot * np.float32(scene.defect.uniform(1.0, 2.3))
 
 
 def _stain(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """A film of residue: soft, irregular, darker or brighter, with a faint border where it dried."""
     rng = scene.defect
-    radius = scene.field * np.exp(rng.uniform(*np.log((0.03, 0.1))))
+    radius = scene.field * np.exp(rng.uniform(*np.log((0.045, 0.13))))
     cy, cx = scene.place()
     window = _window(cy, cx, 2.6 * radius, scene.size)
     d = _blob(rng, window, cy, cx, radius, 0.2) / np.float32(radius)
-    soft = np.float32(rng.uniform(0.06, 0.22))
-    film = _sigmoid(-d / soft) + np.float32(rng.uniform(0, 0.5)) * np.exp(-np.square(d / soft) / 2)
+    soft = np.float32(rng.uniform(0.04, 0.14))
+    film = _sigmoid(-d / soft) + np.float32(rng.uniform(0.3, 1.2)) * np.exp(-np.square(d / soft) / 2)
     cloud = gaussian_filter(rng.standard_normal(d.shape, dtype=np.float32), radius * 0.25)
     film *= 1 + np.float32(0.25 / (cloud.std() + 1e-6)) * cloud
-    contrast = np.exp(rng.uniform(*np.log((11, 42)))) * rng.choice([-1, 1], p=[0.6, 0.4])
+    contrast = np.exp(rng.uniform(*np.log((22, 60)))) * rng.choice([-1, 1], p=[0.6, 0.4])
     (low, high), under = scene.limits(clean), clean[window]
     grey = np.mean(under, dtype=np.float64)
     thick = np.float32(contrast) * film + np.float32(0.4 * abs(contrast) / grey) * film * (grey - under)  # it veils
