@@ -115,7 +115,7 @@ class _Router:
 
     def _style(self) -> tuple[float, float]:
         """Half width and level of a new net."""
-        width = self.rng.choice([1.0, 1.0, 1.0, 0.85, 1.18]) if self.rules.uneven > 0.5 else 1.0
+        width = self.rng.choice([1.0, 1.0, 1.0, 0.88, 1.12]) if self.rules.uneven > 0.5 else 1.0
         width = min(width, 0.7 / self.rules.fill)  # lines stay apart
         return self.half * width * self.rng.uniform(0.97, 1.03), self.rng.normal(1, 0.02)
 
@@ -183,10 +183,6 @@ class _Router:
             return
         net = ((high - low) / 2 + self.half * self.rng.uniform(0.2, 1.1), level)
         self._bar(True, (low + high) / 2, start, stop, net, whole)
-        if self.rng.random() < 0.12:  # rows of vias feed it
-            for j in range(len(self.columns)):
-                for track in np.linspace(low + 0.4 * self.half, high - 0.4 * self.half, wide):
-                    self._via(self.columns[j], track, True, self.half, False)
 
     def hollow(self) -> None:
         """An empty region; its nodes count as used."""

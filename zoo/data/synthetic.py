@@ -222,16 +222,16 @@ def _render_rows(batch: dict[str, list], **look: Any) -> dict[str, list]:
 class _Style:
     """What distinguishes a style; ranges are (low, high), lengths in nominal pixels, levels of 0 to 255."""
 
-    pitch: tuple[float, float] = (38.0, 61.0)
-    fill: tuple[float, float] = (0.5, 0.68)
+    pitch: tuple[float, float] = (41.0, 61.0)
+    fill: tuple[float, float] = (0.54, 0.67)
     ground: tuple[float, float] = (47.0, 69.0)
     metal: tuple[float, float] = (56.0, 78.0)  # above the ground
-    edge: tuple[float, float] = (46.0, 78.0)  # above the metal
+    edge: tuple[float, float] = (50.0, 76.0)  # above the metal
     shadow: tuple[float, float] = (4.0, 14.0)  # below the ground
     decay: tuple[float, float] = (2.4, 4.6)
-    focus: tuple[float, float] = (1.0, 1.8)
-    via: tuple[float, float] = (36.0, 58.0)
-    noise: tuple[float, float] = (0.12, 0.4)  # variance of the shot noise per level
+    focus: tuple[float, float] = (1.0, 1.7)
+    via: tuple[float, float] = (42.0, 60.0)
+    noise: tuple[float, float] = (0.12, 0.34)  # variance of the shot noise per level
 
 
 _LOOKS = {
@@ -284,7 +284,7 @@ class _Look:
         self.via = even(*style.via)
         self.noise = even(*style.noise) * min(scale, 1.0)  # a larger pixel gathers more electrons
         self.density, self.character = even(), even()
-        self.gain = even(0.9, 1.1)
+        self.gain = even(0.92, 1.08)
         self.tilt = even(-0.006, 0.006)  # rotation of the stage, radians
         self.rough = even(0.15, 0.4) * scale
         self.smear = even(-0.4, 0.4)  # which side of a line is brighter
@@ -298,8 +298,8 @@ class _Look:
             pitch=self.pitch,
             fill=self.fill,
             skip=0.01 + 0.15 * self.density**2,
-            reach=(3.5 if kind < 0.2 else 7.0 if kind < 0.6 else 30.0) * np.exp(rng.normal(0, 0.25)),
-            bends=int(rng.poisson(3 if kind < 0.2 else 1.5)) * (kind < 0.7),
+            reach=(3.5 if kind < 0.13 else 7.0 if kind < 0.6 else 30.0) * np.exp(rng.normal(0, 0.25)),
+            bends=int(rng.poisson(3 if kind < 0.13 else 1.5)) * (kind < 0.7),
             dumbbells=int(rng.poisson(4)) * (0.1 < kind < 0.4),
             power=int(rng.poisson(0.45)),
             whole=0.98,
@@ -408,9 +408,9 @@ class _Scene:
         metal = (self.distance[np.ix_(pick, pick)] < 0).astype(np.float32)  # (N, N)
         ramp = np.linspace(-1, 1, nodes, dtype=np.float32)
         waves = np.cos(np.pi / 2 * np.outer(np.arange(3), ramp + 1)).astype(np.float32)  # (3, N)
-        drift = waves.T @ rng.normal(0, 0.028, (3, 3)).astype(np.float32) @ waves
+        drift = waves.T @ rng.normal(0, 0.022, (3, 3)).astype(np.float32) @ waves
         charge = near @ (metal - metal.mean()) @ near * np.float32(rng.uniform(-0.14, 0.02))
-        mottle = rng.standard_normal((nodes, nodes), dtype=np.float32) * np.float32(rng.uniform(0.01, 0.045))
+        mottle = rng.standard_normal((nodes, nodes), dtype=np.float32) * np.float32(rng.uniform(0.008, 0.03))
         rows = gaussian_filter1d(rng.standard_normal(size, dtype=np.float32), 5 * self.scale) * 2
         rows += rng.standard_normal(size, dtype=np.float32)
         self.rows = 1 + rows[:, None] * np.float32(rng.uniform(0.001, 0.006))  # (S, 1)
@@ -530,6 +530,12 @@ class _Scene:
         change = self.shade(whole, rows)[:, columns] - self.shade(self.distance[rows], rows)[:, columns]
         return clean[window] + np.float32(strength) * change
 
+    def tinted(self, clean: np.ndarray, changed: np.ndarray, where: np.ndarray, strength: float) -> np.ndarray:
+        """A changed window that shines, in units of the edges' brightness, as torn or redeposited metal does."""
+        low, high = self.limits(clean)
+        bright = changed + np.float32(strength * self.look.edge) * where.astype(np.float32)
+        return np.clip(bright, np.minimum(low, changed), np.maximum(high, changed))
+
 
 def _particle(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """An irregular grain with a bright rim and texture, lying on lines and ground, with a shadow at one side."""
@@ -545,7 +551,7 @@ def _particle(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     y, x = _offsets(window, cy, cx)
     lit = np.float32(rng.uniform(4, 14) / radius) * -(x + y)  # brighter towards the detector
     low, high = scene.limits(clean)
-    body = np.mean(under, dtype=np.float64) + rng.choice([-1, 1]) * rng.uniform(30, 80)
+    body = np.mean(under, dtype=np.float64) + rng.choice([-1, 1]) * rng.uniform(38, 85)
     rim = np.float32(rng.uniform(0.2, 0.8) * scene.look.edge) * np.exp(-np.abs(d + 2) / np.float32(2.5))
     grain = np.clip(np.float32(np.clip(body, low, high)) + rough + lit + rim, low, high)
     shade = (
@@ -557,9 +563,9 @@ def _particle(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
 def _scratch(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """A thin, slightly bent groove (dark) or ridge (bright) of uneven depth, with material pushed aside."""
     rng, px = scene.defect, scene.scale
-    half = scene.field * np.exp(rng.uniform(*np.log((0.08, 0.35))))
+    half = scene.field * np.exp(rng.uniform(*np.log((0.11, 0.36))))
     width = np.exp(rng.uniform(*np.log((1.8, 4.0)))) * px
-    contrast = np.exp(rng.uniform(*np.log((30, 90)))) * rng.choice([-1, 1])
+    contrast = np.exp(rng.uniform(*np.log((38, 90)))) * rng.choice([-1, 1])
     angle, bend = rng.uniform(0, np.pi), half * rng.uniform(-0.3, 0.3)
     cy, cx = scene.place(0.15)
     nodes = np.linspace(-1, 1, 96)
@@ -598,7 +604,8 @@ def _bridge(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     beyond = (np.abs(c) - 1) * (gap / 2) - 3 * px
     material = np.maximum(np.abs(t - middle) - waist, beyond) / np.float32(px)
     joined = _join(scene.distance[window], material.astype(np.float32))
-    return window, scene.reshaped(clean, window, joined, rng.uniform(0.6, 1.0))
+    changed = scene.reshaped(clean, window, joined, rng.uniform(0.6, 1.0))
+    return window, scene.tinted(clean, changed, _sigmoid(-material), rng.uniform(-0.2, 0.9))
 
 
 def _open(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
@@ -606,7 +613,7 @@ def _open(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     rng, px = scene.defect, scene.scale
     bar, along = scene.spot(0.5 * scene.look.pitch, 0.45 * scene.look.pitch)
     y, x = _on(bar.axis, along, scene.tilted(bar, along))
-    gap = np.exp(rng.uniform(np.log(6.0 * px), np.log(max(0.34 * scene.look.pitch, 8.0 * px))))  # half
+    gap = np.exp(rng.uniform(np.log(5.0 * px), np.log(max(0.25 * scene.look.pitch, 7.0 * px))))  # half
     window = _window(y, x, bar.half + gap + 12 * px, scene.size)
     t, c = _on(bar.axis, *_offsets(window, y, x))
     ragged = gaussian_filter1d(rng.standard_normal((2, c.size), dtype=np.float32), 3 * px) * np.float32(3.5 * px)
@@ -614,7 +621,10 @@ def _open(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     cut = np.abs(t - ragged[0].reshape(c.shape)) - np.float32(gap) - curved - ragged[1].reshape(c.shape)
     cut = np.maximum(cut, np.abs(c) - np.float32(bar.half + 4 * px)) / np.float32(px)
     carved = -_join(-scene.distance[window], cut)
-    return window, scene.reshaped(clean, window, carved, rng.uniform(0.65, 1.0))
+    changed = scene.reshaped(clean, window, carved, rng.uniform(0.65, 1.0))
+    return window, scene.tinted(
+        clean, changed, _sigmoid(-scene.distance[window]) * np.exp(-np.abs(cut) / 3), rng.uniform(0, 1.2)
+    )
 
 
 def _mousebite(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
@@ -634,7 +644,10 @@ def _mousebite(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
         cy, cx = _on(bar.axis, along + both * rng.uniform(-2, 2) * px, middle + side * (bar.half + radius - deep))
         cut = np.minimum(cut, _blob(rng, window, cy, cx, radius, 0.1) / np.float32(px))
     carved = -_join(-scene.distance[window], cut)
-    return window, scene.reshaped(clean, window, carved, 1.0)
+    changed = scene.reshaped(clean, window, carved, 1.0)
+    return window, scene.tinted(
+        clean, changed, _sigmoid(-scene.distance[window]) * np.exp(-np.abs(cut) / 3), rng.uniform(0, 0.8)
+    )
 
 
 def _missing_via(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
@@ -643,7 +656,8 @@ def _missing_via(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     ends = [via for via in seen if via.end] or seen or scene.vias
     chosen = ends[scene.defect.integers(len(ends))]
     window, dot = scene.dot(chosen)
-    return window, clean[window] - dot * np.float32(scene.defect.uniform(1.0, 2.3))
+    low, _ = scene.limits(clean)
+    return window, np.maximum(clean[window] - dot * np.float32(scene.defect.uniform(1.2, 3.6)), low)
 
 
 def _stain(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
@@ -657,7 +671,7 @@ def _stain(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     film = _sigmoid(-d / soft) + np.float32(rng.uniform(0.3, 1.2)) * np.exp(-np.square(d / soft) / 2)
     cloud = gaussian_filter(rng.standard_normal(d.shape, dtype=np.float32), radius * 0.25)
     film *= 1 + np.float32(0.25 / (cloud.std() + 1e-6)) * cloud
-    contrast = np.exp(rng.uniform(*np.log((22, 60)))) * rng.choice([-1, 1], p=[0.6, 0.4])
+    contrast = np.exp(rng.uniform(*np.log((28, 65)))) * rng.choice([-1, 1], p=[0.6, 0.4])
     (low, high), under = scene.limits(clean), clean[window]
     grey = np.mean(under, dtype=np.float64)
     thick = np.float32(contrast) * film + np.float32(0.4 * abs(contrast) / grey) * film * (grey - under)  # it veils
