@@ -289,7 +289,7 @@ class _Look:
         self.rough = even(0.15, 0.4) * scale
         self.smear = even(-0.4, 0.4)  # which side of a line is brighter
         self.uneven = even()
-        self.via_size = even(0.6, 0.78)
+        self.via_size = even(0.64, 0.8)
 
     def rules(self, rng: np.random.Generator) -> Rules:
         """Design rules: from long parallel lines to short pieces with many corners."""
@@ -297,12 +297,12 @@ class _Look:
         return Rules(
             pitch=self.pitch,
             fill=self.fill,
-            skip=0.01 + 0.15 * self.density**2,
-            reach=(3.5 if kind < 0.13 else 7.0 if kind < 0.6 else 30.0) * np.exp(rng.normal(0, 0.25)),
-            bends=int(rng.poisson(3 if kind < 0.13 else 1.5)) * (kind < 0.7),
+            skip=0.01 + 0.12 * self.density**2,
+            reach=(3.5 if kind < 0.1 else 7.0 if kind < 0.6 else 30.0) * np.exp(rng.normal(0, 0.25)),
+            bends=int(rng.poisson(3 if kind < 0.1 else 1.5)) * (kind < 0.7),
             dumbbells=int(rng.poisson(4)) * (0.1 < kind < 0.4),
             power=int(rng.poisson(0.45)),
-            whole=0.98,
+            whole=0.99,
             hollow=float(rng.random() < 0.25) * rng.uniform(0.06, 0.2),
             via=self.via_size,
             uneven=self.uneven,
@@ -358,7 +358,7 @@ class _Scene:
         wander *= look.rough / wander.std()
         for bar in self.bars:
             self._draw_bar(bar, wander, rng)
-        jitter = rng.standard_normal(size, dtype=np.float32) * np.float32(rng.uniform(0.05, 0.3))
+        jitter = rng.standard_normal(size, dtype=np.float32) * np.float32(rng.uniform(0.04, 0.2))
         for strip in _strips(size):
             self.distance[strip] -= jitter[strip, None] * _slope(self.distance[strip])
 
@@ -564,7 +564,7 @@ def _scratch(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """A thin, slightly bent groove (dark) or ridge (bright) of uneven depth, with material pushed aside."""
     rng, px = scene.defect, scene.scale
     half = scene.field * np.exp(rng.uniform(*np.log((0.11, 0.36))))
-    width = np.exp(rng.uniform(*np.log((1.8, 4.0)))) * px
+    width = np.exp(rng.uniform(*np.log((2.2, 4.4)))) * px
     contrast = np.exp(rng.uniform(*np.log((38, 90)))) * rng.choice([-1, 1])
     angle, bend = rng.uniform(0, np.pi), half * rng.uniform(-0.3, 0.3)
     cy, cx = scene.place(0.15)
@@ -605,7 +605,7 @@ def _bridge(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     material = np.maximum(np.abs(t - middle) - waist, beyond) / np.float32(px)
     joined = _join(scene.distance[window], material.astype(np.float32))
     changed = scene.reshaped(clean, window, joined, rng.uniform(0.6, 1.0))
-    return window, scene.tinted(clean, changed, _sigmoid(-material), rng.uniform(-0.2, 0.9))
+    return window, scene.tinted(clean, changed, _sigmoid(-material), rng.uniform(0.2, 1.1))
 
 
 def _open(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
@@ -623,7 +623,7 @@ def _open(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     carved = -_join(-scene.distance[window], cut)
     changed = scene.reshaped(clean, window, carved, rng.uniform(0.65, 1.0))
     return window, scene.tinted(
-        clean, changed, _sigmoid(-scene.distance[window]) * np.exp(-np.abs(cut) / 3), rng.uniform(0, 1.2)
+        clean, changed, _sigmoid(-scene.distance[window]) * np.exp(-np.abs(cut) / 4), rng.uniform(0.3, 1.5)
     )
 
 
@@ -646,7 +646,7 @@ def _mousebite(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     carved = -_join(-scene.distance[window], cut)
     changed = scene.reshaped(clean, window, carved, 1.0)
     return window, scene.tinted(
-        clean, changed, _sigmoid(-scene.distance[window]) * np.exp(-np.abs(cut) / 3), rng.uniform(0, 0.8)
+        clean, changed, _sigmoid(-scene.distance[window]) * np.exp(-np.abs(cut) / 4), rng.uniform(0.1, 1.0)
     )
 
 
@@ -657,7 +657,7 @@ def _missing_via(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     chosen = ends[scene.defect.integers(len(ends))]
     window, dot = scene.dot(chosen)
     low, _ = scene.limits(clean)
-    return window, np.maximum(clean[window] - dot * np.float32(scene.defect.uniform(1.2, 3.6)), low)
+    return window, np.maximum(clean[window] - dot * np.float32(scene.defect.uniform(1.4, 3.8)), low)
 
 
 def _stain(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
