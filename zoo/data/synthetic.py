@@ -8,7 +8,7 @@ field, so that ends, gaps and bridges get the same bright edge, the same shadow 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -299,10 +299,10 @@ class _Look:
             fill=self.fill,
             skip=0.01 + 0.12 * self.density**2,
             reach=(3.5 if kind < 0.1 else 7.0 if kind < 0.6 else 30.0) * np.exp(rng.normal(0, 0.25)),
-            bends=int(rng.poisson(3 if kind < 0.1 else 1.5)) * (kind < 0.7),
-            dumbbells=int(rng.poisson(4)) * (0.1 < kind < 0.4),
-            power=int(rng.poisson(0.45)),
-            whole=0.99,
+            bends=int(rng.poisson(4)) * (0.12 < kind < 0.45),
+            dumbbells=int(rng.poisson(4)) * (0.05 < kind < 0.22),
+            power=int(rng.random() < 0.35),
+            whole=1.0,
             hollow=float(rng.random() < 0.25) * rng.uniform(0.06, 0.2),
             via=self.via_size,
             uneven=self.uneven,
@@ -536,6 +536,13 @@ class _Scene:
         bright = changed + np.float32(strength * self.look.edge) * where.astype(np.float32)
         return np.clip(bright, np.minimum(low, changed), np.maximum(high, changed))
 
+    def carved(self, clean, window: Window, cut, strength: float, shine: float, halo: float) -> np.ndarray:
+        """Without the metal where the distance `cut` is negative: torn edges shine, and around them it is darker."""
+        distance = self.distance[window]
+        changed = self.reshaped(clean, window, -_join(-distance, cut), strength)
+        changed = self.tinted(clean, changed, _sigmoid(-distance) * np.exp(-np.abs(cut) / 4), shine)
+        return self.tinted(clean, changed, np.exp(-np.square(np.maximum(cut, 0) / 10)), -halo)
+
 
 def _particle(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """An irregular grain with a bright rim and texture, lying on lines and ground, with a shadow at one side."""
@@ -614,17 +621,14 @@ def _open(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     bar, along = scene.spot(0.5 * scene.look.pitch, 0.45 * scene.look.pitch)
     y, x = _on(bar.axis, along, scene.tilted(bar, along))
     gap = np.exp(rng.uniform(np.log(5.0 * px), np.log(max(0.25 * scene.look.pitch, 7.0 * px))))  # half
-    window = _window(y, x, bar.half + gap + 12 * px, scene.size)
+    window = _window(y, x, bar.half + gap + 24 * px, scene.size)
     t, c = _on(bar.axis, *_offsets(window, y, x))
     ragged = gaussian_filter1d(rng.standard_normal((2, c.size), dtype=np.float32), 3 * px) * np.float32(3.5 * px)
     curved = np.float32(rng.uniform(0.0, 0.5) * gap) * np.square(c / np.float32(bar.half))
     cut = np.abs(t - ragged[0].reshape(c.shape)) - np.float32(gap) - curved - ragged[1].reshape(c.shape)
     cut = np.maximum(cut, np.abs(c) - np.float32(bar.half + 4 * px)) / np.float32(px)
-    carved = -_join(-scene.distance[window], cut)
-    changed = scene.reshaped(clean, window, carved, rng.uniform(0.65, 1.0))
-    return window, scene.tinted(
-        clean, changed, _sigmoid(-scene.distance[window]) * np.exp(-np.abs(cut) / 4), rng.uniform(0.3, 1.5)
-    )
+    strength, shine, halo = rng.uniform(0.65, 1.0), rng.uniform(0.3, 1.5), rng.uniform(0.1, 0.8)
+    return window, scene.carved(clean, window, cut, strength, shine, halo)
 
 
 def _mousebite(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
@@ -638,16 +642,12 @@ def _mousebite(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     deep *= 0.65 if both else 1.0
     radius = max(deep * rng.uniform(0.7, 1.5), 4 * px)
     y, x = _on(bar.axis, along, middle)
-    window = _window(y, x, bar.half + 2 * radius + 12 * px, scene.size)
+    window = _window(y, x, bar.half + 2 * radius + 24 * px, scene.size)
     cut = np.float32(_REACH)
     for side in sides:
         cy, cx = _on(bar.axis, along + both * rng.uniform(-2, 2) * px, middle + side * (bar.half + radius - deep))
         cut = np.minimum(cut, _blob(rng, window, cy, cx, radius, 0.1) / np.float32(px))
-    carved = -_join(-scene.distance[window], cut)
-    changed = scene.reshaped(clean, window, carved, 1.0)
-    return window, scene.tinted(
-        clean, changed, _sigmoid(-scene.distance[window]) * np.exp(-np.abs(cut) / 4), rng.uniform(0.1, 1.0)
-    )
+    return window, scene.carved(clean, window, cut, 1.0, rng.uniform(0.1, 1.0), rng.uniform(0, 0.6))
 
 
 def _missing_via(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
@@ -655,9 +655,13 @@ def _missing_via(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     seen = [via for via in scene.vias if scene.seen(via.y, via.x)]
     ends = [via for via in seen if via.end] or seen or scene.vias
     chosen = ends[scene.defect.integers(len(ends))]
-    window, dot = scene.dot(chosen)
-    low, _ = scene.limits(clean)
-    return window, np.maximum(clean[window] - dot * np.float32(scene.defect.uniform(1.4, 3.8)), low)
+    hole, dot = scene.dot(chosen)
+    window, halo = scene.dot(replace(chosen, radius=2.2 * chosen.radius))
+    changed = clean.copy()
+    changed[hole] -= dot * np.float32(scene.defect.uniform(1.2, 3.8))
+    changed[window] -= halo * np.float32(scene.defect.uniform(0, 0.5))
+    low, high = scene.limits(clean)
+    return window, np.clip(changed[window], np.minimum(low, clean[window]), np.maximum(high, clean[window]))
 
 
 def _stain(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
