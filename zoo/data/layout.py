@@ -148,8 +148,8 @@ class _Router:
 
     def pair(self) -> None:
         """Two neighbours near the middle, one of which ends in sight: a bridge, an open or a missing via can happen."""
-        k = int(np.argmin(np.abs(self.tracks - self.size * self.rng.uniform(0.3, 0.7))))
-        k = min(k, len(self.tracks) - 2)
+        between = (self.tracks[1:] + self.tracks[:-1]) / 2
+        k = int(np.argmin(np.abs(between - self.size * self.rng.uniform(0.42, 0.58))))
         seen = np.flatnonzero((self.columns > 0.12 * self.size) & (self.columns < 0.85 * self.size))
         j = int(self.rng.choice(seen)) if seen.size else int(np.argmin(np.abs(self.columns - self.size / 2)))
         last = len(self.columns) - 1
@@ -170,19 +170,8 @@ class _Router:
         low, high = self.tracks[k], self.tracks[k + wide - 1]
         level = self.rng.normal(1, 0.02)
         start, stop = self.columns[0] - self.rules.pitch, self.columns[-1] + self.rules.pitch
-        whole = (False, False)
-        if self.rng.random() < 0.25:  # slotted, as wide copper is: rails and ties
-            slot = 0.17 * self.rules.pitch
-            rail = (high - low + 2 * self.half - (wide - 1) * slot) / wide
-            for i in range(wide):
-                centre = low - self.half + rail / 2 + i * (rail + slot)
-                self._bar(True, centre, start, stop, (rail / 2, level), whole)
-            for column in self.columns + self.rng.uniform(-0.5, 0.5) * self.rules.pitch:
-                inset = 0.5 * self.rules.pitch - self.half  # a tie ends inside of the outer rails
-                self._bar(False, column, low + inset, high - inset, (0.4 * self.rules.pitch, level), whole, 0.5)
-            return
         net = ((high - low) / 2 + self.half * self.rng.uniform(0.2, 1.1), level)
-        self._bar(True, (low + high) / 2, start, stop, net, whole)
+        self._bar(True, (low + high) / 2, start, stop, net, (False, False))
 
     def hollow(self) -> None:
         """An empty region; its nodes count as used."""
@@ -217,31 +206,20 @@ class _Router:
             self._via(column, self.tracks[k], True, 1.3 * self.half, True)
 
     def bend(self) -> None:
-        """An L, or a Z where the line goes on: along a track, across at a column, along another track."""
-        rng = self.rng
-        k, j = int(rng.integers(0, len(self.tracks))), int(rng.integers(0, len(self.columns)))
-        far = int(np.clip(k + rng.choice([-1, 1]) * rng.integers(1, 5), 0, len(self.tracks) - 1))
+        """An L: along a track, then across at a column."""
+        rng, columns = self.rng, len(self.columns)
+        k, j = int(rng.integers(0, len(self.tracks))), int(rng.integers(0, columns))
+        far = int(np.clip(k + rng.choice([-1, 1]) * rng.integers(2, 6), 0, len(self.tracks) - 1))
         low, high = sorted((k, far))
-        if low == high or self.used[low : high + 1, j].any():
+        side, end = int(rng.choice([-1, 1])), j
+        while 0 <= end + side < columns and not self.used[k, end + side] and abs(end - j) < self.rules.reach:
+            end += side
+        if high - low < 2 or abs(end - j) < 2 or self.used[low : high + 1, j].any():
             return
         net = self._style()
-        sides = [rng.choice([-1, 1]), rng.choice([-1, 1, 0])]
         self.used[low : high + 1, j] = True
-        corners = []
-        for row, side in zip((k, far), sides, strict=True):
-            end = j
-            while side and 0 <= end + side < len(self.columns) and not self.used[row, end + side]:
-                end += int(side)
-                if rng.random() < 1 / self.rules.reach:
-                    break
-            corners.append(end != j)
-            if end != j:
-                ends = (False, True) if side > 0 else (True, False)
-                self._run(row, min(j, end), max(j, end), net, ends)
-        if k > far:
-            corners.reverse()
-        ends = tuple(not corner for corner in corners)
-        self._bar(False, self.columns[j], self.tracks[low], self.tracks[high], net, ends)
+        self._run(k, min(j, end), max(j, end), net, (side < 0, side > 0))
+        self._bar(False, self.columns[j], self.tracks[low], self.tracks[high], net, (k == high, k == low))
 
     def fill(self) -> None:
         """Lines along all tracks, wherever nodes are free."""

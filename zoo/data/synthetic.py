@@ -299,8 +299,8 @@ class _Look:
             fill=self.fill,
             skip=0.01 + 0.12 * self.density**2,
             reach=(3.5 if kind < 0.1 else 7.0 if kind < 0.6 else 30.0) * np.exp(rng.normal(0, 0.25)),
-            bends=int(rng.poisson(4)) * (0.12 < kind < 0.45),
-            dumbbells=int(rng.poisson(4)) * (0.05 < kind < 0.22),
+            bends=int(rng.poisson(4)) * (kind < 0.75),
+            dumbbells=int(rng.poisson(4)) * (0.05 < kind < 0.3),
             power=int(rng.random() < 0.35),
             whole=1.0,
             hollow=float(rng.random() < 0.25) * rng.uniform(0.06, 0.2),
@@ -547,7 +547,7 @@ class _Scene:
 def _particle(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """An irregular grain with a bright rim and texture, lying on lines and ground, with a shadow at one side."""
     rng, px = scene.defect, scene.scale
-    radius = scene.field * np.exp(rng.uniform(*np.log((0.024, 0.075))))
+    radius = scene.field * np.exp(rng.uniform(*np.log((0.028, 0.08))))
     cy, cx = scene.place()
     window = _window(cy, cx, 2.2 * radius + 8 * px, scene.size)
     d = _blob(rng, window, cy, cx, radius, 0.11) / np.float32(px)
@@ -570,9 +570,9 @@ def _particle(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
 def _scratch(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """A thin, slightly bent groove (dark) or ridge (bright) of uneven depth, with material pushed aside."""
     rng, px = scene.defect, scene.scale
-    half = scene.field * np.exp(rng.uniform(*np.log((0.11, 0.36))))
+    half = scene.field * np.exp(rng.uniform(*np.log((0.15, 0.38))))
     width = np.exp(rng.uniform(*np.log((2.2, 4.4)))) * px
-    contrast = np.exp(rng.uniform(*np.log((38, 90)))) * rng.choice([-1, 1])
+    contrast = np.exp(rng.uniform(*np.log((45, 95)))) * rng.choice([-1, 1])
     angle, bend = rng.uniform(0, np.pi), half * rng.uniform(-0.3, 0.3)
     cy, cx = scene.place(0.15)
     nodes = np.linspace(-1, 1, 96)
@@ -599,7 +599,7 @@ def _bridge(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     rng, px = scene.defect, scene.scale
     axis, along, start, stop = scene.space()
     gap = max(abs(stop - start), 2)
-    thick = np.exp(rng.uniform(np.log(4 * px), np.log(max(0.9 * gap, 6 * px))))  # half, at the waist
+    thick = np.exp(rng.uniform(np.log(5 * px), np.log(max(1.0 * gap, 8 * px))))  # half, at the waist
     flare, slant = rng.uniform(0.1, 0.8), rng.uniform(-0.3, 0.3)
     y, x = _on(axis, along, (start + stop) / 2)
     window = _window(y, x, gap + 2 * thick + 12 * px, scene.size)
@@ -612,7 +612,7 @@ def _bridge(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     material = np.maximum(np.abs(t - middle) - waist, beyond) / np.float32(px)
     joined = _join(scene.distance[window], material.astype(np.float32))
     changed = scene.reshaped(clean, window, joined, rng.uniform(0.6, 1.0))
-    return window, scene.tinted(clean, changed, _sigmoid(-material), rng.uniform(0.2, 1.1))
+    return window, scene.tinted(clean, changed, _sigmoid(-material), rng.uniform(0.3, 1.3))
 
 
 def _open(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
@@ -627,7 +627,7 @@ def _open(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     curved = np.float32(rng.uniform(0.0, 0.5) * gap) * np.square(c / np.float32(bar.half))
     cut = np.abs(t - ragged[0].reshape(c.shape)) - np.float32(gap) - curved - ragged[1].reshape(c.shape)
     cut = np.maximum(cut, np.abs(c) - np.float32(bar.half + 4 * px)) / np.float32(px)
-    strength, shine, halo = rng.uniform(0.65, 1.0), rng.uniform(0.3, 1.5), rng.uniform(0.1, 0.8)
+    strength, shine, halo = rng.uniform(0.7, 1.0), rng.uniform(0.4, 1.5), rng.uniform(0.2, 1.0)
     return window, scene.carved(clean, window, cut, strength, shine, halo)
 
 
@@ -647,7 +647,7 @@ def _mousebite(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     for side in sides:
         cy, cx = _on(bar.axis, along + both * rng.uniform(-2, 2) * px, middle + side * (bar.half + radius - deep))
         cut = np.minimum(cut, _blob(rng, window, cy, cx, radius, 0.1) / np.float32(px))
-    return window, scene.carved(clean, window, cut, 1.0, rng.uniform(0.1, 1.0), rng.uniform(0, 0.6))
+    return window, scene.carved(clean, window, cut, 1.0, rng.uniform(0.2, 1.0), rng.uniform(0.1, 0.9))
 
 
 def _missing_via(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
@@ -658,8 +658,8 @@ def _missing_via(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     hole, dot = scene.dot(chosen)
     window, halo = scene.dot(replace(chosen, radius=2.2 * chosen.radius))
     changed = clean.copy()
-    changed[hole] -= dot * np.float32(scene.defect.uniform(1.2, 3.8))
-    changed[window] -= halo * np.float32(scene.defect.uniform(0, 0.5))
+    changed[hole] -= dot * np.float32(scene.defect.uniform(1.4, 4.2))
+    changed[window] -= halo * np.float32(scene.defect.uniform(0, 0.8))
     low, high = scene.limits(clean)
     return window, np.clip(changed[window], np.minimum(low, clean[window]), np.maximum(high, clean[window]))
 
@@ -667,7 +667,7 @@ def _missing_via(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
 def _stain(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     """A film of residue: soft, irregular, darker or brighter, with a faint border where it dried."""
     rng = scene.defect
-    radius = scene.field * np.exp(rng.uniform(*np.log((0.045, 0.13))))
+    radius = scene.field * np.exp(rng.uniform(*np.log((0.05, 0.14))))
     cy, cx = scene.place()
     window = _window(cy, cx, 2.6 * radius, scene.size)
     d = _blob(rng, window, cy, cx, radius, 0.2) / np.float32(radius)
@@ -675,7 +675,7 @@ def _stain(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     film = _sigmoid(-d / soft) + np.float32(rng.uniform(0.3, 1.2)) * np.exp(-np.square(d / soft) / 2)
     cloud = gaussian_filter(rng.standard_normal(d.shape, dtype=np.float32), radius * 0.25)
     film *= 1 + np.float32(0.25 / (cloud.std() + 1e-6)) * cloud
-    contrast = np.exp(rng.uniform(*np.log((28, 65)))) * rng.choice([-1, 1], p=[0.6, 0.4])
+    contrast = np.exp(rng.uniform(*np.log((34, 72)))) * rng.choice([-1, 1], p=[0.6, 0.4])
     (low, high), under = scene.limits(clean), clean[window]
     grey = np.mean(under, dtype=np.float64)
     thick = np.float32(contrast) * film + np.float32(0.4 * abs(contrast) / grey) * film * (grey - under)  # it veils
