@@ -309,13 +309,18 @@ class _Look:
         )
 
 
+def _between(size: int, nodes: int) -> np.ndarray:
+    """Linear interpolation from nodes to pixels (size, nodes)."""
+    place = np.linspace(0, nodes - 1, size)[:, None] - np.arange(nodes)
+    return np.maximum(1 - np.abs(place), 0).astype(np.float32)
+
+
 @lru_cache(maxsize=8)
 def _grid(size: int, nodes: int) -> tuple[np.ndarray, np.ndarray]:
     """Linear interpolation from nodes to pixels (size, nodes), and a Gaussian over nodes (nodes, nodes)."""
-    place = np.linspace(0, nodes - 1, size)[:, None] - np.arange(nodes)
     apart = np.subtract.outer(np.arange(nodes), np.arange(nodes))
     near = np.exp(-np.square(apart / 6.0) / 2)
-    return np.maximum(1 - np.abs(place), 0).astype(np.float32), (near / near.sum(1, keepdims=True)).astype(np.float32)
+    return _between(size, nodes), (near / near.sum(1, keepdims=True)).astype(np.float32)
 
 
 @lru_cache(maxsize=1)
@@ -339,7 +344,7 @@ class _Scene:
         layout, look, noise, self.defect = (np.random.Generator(np.random.SFC64(stream)) for stream in streams)
         self.size = size
         self.scale = max(size / _NOMINAL, _SMALLEST / _NOMINAL)  # pixels a nominal pixel
-        self.field = max(size, min(_SMALLEST, 2 * size))  # pixels that the sizes of defects refer to
+        self.field = max(size, min(_SMALLEST, 3 * size // 2))  # pixels that the sizes of defects refer to
         self.look = _Look(_Even(index, seed), _LOOKS[style], self.scale, size / self.scale)
         self.bars, self.vias = route(layout, size, self.look.axis, self.look.rules(layout))
         self._draw(look)
@@ -673,7 +678,8 @@ def _stain(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     d = _blob(rng, window, cy, cx, radius, 0.2) / np.float32(radius)
     soft = np.float32(rng.uniform(0.04, 0.14))
     film = _sigmoid(-d / soft) + np.float32(rng.uniform(0.3, 1.2)) * np.exp(-np.square(d / soft) / 2)
-    cloud = gaussian_filter(rng.standard_normal(d.shape, dtype=np.float32), radius * 0.25)
+    tall, wide = (_between(side, 12) for side in d.shape)
+    cloud = tall @ rng.standard_normal((12, 12), dtype=np.float32) @ wide.T
     film *= 1 + np.float32(0.25 / (cloud.std() + 1e-6)) * cloud
     contrast = np.exp(rng.uniform(*np.log((34, 72)))) * rng.choice([-1, 1], p=[0.6, 0.4])
     (low, high), under = scene.limits(clean), clean[window]
