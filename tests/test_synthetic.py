@@ -98,7 +98,7 @@ def test_each_layout_has_a_free_via_and_neighbours():
         rng = np.random.default_rng(seed)
         rules = Rules(
             pitch=rng.uniform(20, 46), fill=0.6, skip=0.5, reach=2.0, bends=3, dumbbells=1, power=1,
-            whole=0.9, hollow=0.3, via=0.6, uneven=1.0,
+            hollow=0.3, via=0.6, uneven=1.0,
         )  # fmt: skip
         bars, vias = route(rng, 128, seed % 2, rules)
         assert any(via.end and 0 < via.y < 128 and 0 < via.x < 128 for via in vias)

@@ -54,10 +54,9 @@ class Rules:
         fill: width of a line over the pitch.
         skip: chance to leave a node free where a line could begin.
         reach: mean length of a line, nodes.
-        bends: nets with corners that are tried.
+        bends: lines with a corner that are tried.
         dumbbells: pairs of pads that are tried.
         power: wide lines that are tried.
-        whole: chance that a piece of one node, an island, is left out.
         hollow: share of the image kept free of lines.
         via: radius of a via over half the width of a line.
         uneven: how far widths and distances of tracks differ, 0 to 1.
@@ -70,7 +69,6 @@ class Rules:
     bends: int
     dumbbells: int
     power: int
-    whole: float
     hollow: float
     via: float
     uneven: float
@@ -131,7 +129,7 @@ class _Router:
         slack = min(0.35 * (stop - start) / self.rules.pitch, 0.7) * self.rules.uneven  # ends of tracks do not line up
         for end, sign, place in zip(ends, (-1, 1), (start, stop), strict=True):
             place -= sign * self.rng.uniform(-0.1, max(slack, 0.1)) * self.rules.pitch * end
-            if end and not (tails and start == stop):  # an island has one via
+            if end:
                 self._via(place, centre, main, half, True)
             tails.append(place + sign * half * (self.rng.uniform(1.0, 1.25) if end else 1.0))
         axis = self.axis if main else 1 - self.axis
@@ -233,7 +231,7 @@ class _Router:
                 last = j
                 while last + 1 < columns and not self.used[k, last + 1] and self.rng.random() > 1 / self.rules.reach:
                     last += 1
-                if last == j and self.rng.random() < self.rules.whole:
+                if last == j:
                     j += 1
                     continue
                 self._run(k, j, last, self._style())

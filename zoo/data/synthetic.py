@@ -302,7 +302,6 @@ class _Look:
             bends=int(rng.poisson(4)) * (kind < 0.75),
             dumbbells=int(rng.poisson(4)) * (0.05 < kind < 0.3),
             power=int(rng.random() < 0.35),
-            whole=1.0,
             hollow=float(rng.random() < 0.25) * rng.uniform(0.06, 0.2),
             via=self.via_size,
             uneven=self.uneven,
@@ -414,7 +413,7 @@ class _Scene:
         ramp = np.linspace(-1, 1, nodes, dtype=np.float32)
         waves = np.cos(np.pi / 2 * np.outer(np.arange(3), ramp + 1)).astype(np.float32)  # (3, N)
         drift = waves.T @ rng.normal(0, 0.022, (3, 3)).astype(np.float32) @ waves
-        charge = near @ (metal - metal.mean()) @ near * np.float32(rng.uniform(-0.14, 0.02))
+        charge = near @ (metal - metal.mean()) @ near.T * np.float32(rng.uniform(-0.14, 0.02))
         mottle = rng.standard_normal((nodes, nodes), dtype=np.float32) * np.float32(rng.uniform(0.008, 0.03))
         rows = gaussian_filter1d(rng.standard_normal(size, dtype=np.float32), 5 * self.scale) * 2
         rows += rng.standard_normal(size, dtype=np.float32)
@@ -541,7 +540,9 @@ class _Scene:
         bright = changed + np.float32(strength * self.look.edge) * where.astype(np.float32)
         return np.clip(bright, np.minimum(low, changed), np.maximum(high, changed))
 
-    def carved(self, clean, window: Window, cut, strength: float, shine: float, halo: float) -> np.ndarray:
+    def carved(
+        self, clean: np.ndarray, window: Window, cut: np.ndarray, strength: float, shine: float, halo: float
+    ) -> np.ndarray:
         """Without the metal where the distance `cut` is negative: torn edges shine, and around them it is darker."""
         distance = self.distance[window]
         changed = self.reshaped(clean, window, -_join(-distance, cut), strength)
