@@ -547,7 +547,7 @@ class _Scene:
         distance = self.distance[window]
         changed = self.reshaped(clean, window, -_join(-distance, cut), strength)
         changed = self.tinted(clean, changed, _sigmoid(-distance) * np.exp(-np.abs(cut) / 4), shine)
-        return self.tinted(clean, changed, np.exp(-np.square(np.maximum(cut, 0) / 10)), -halo)
+        return self.tinted(clean, changed, np.exp(-np.square(np.maximum(cut, 0) / 14)), -halo)
 
 
 def _particle(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
@@ -626,14 +626,14 @@ def _open(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     rng, px = scene.defect, scene.scale
     bar, along = scene.spot(0.5 * scene.look.pitch, 0.45 * scene.look.pitch)
     y, x = _on(bar.axis, along, scene.tilted(bar, along))
-    gap = np.exp(rng.uniform(np.log(5.0 * px), np.log(max(0.25 * scene.look.pitch, 7.0 * px))))  # half
-    window = _window(y, x, bar.half + gap + 24 * px, scene.size)
+    gap = np.exp(rng.uniform(np.log(6.0 * px), np.log(max(0.32 * scene.look.pitch, 9.0 * px))))  # half
+    window = _window(y, x, bar.half + gap + 32 * px, scene.size)
     t, c = _on(bar.axis, *_offsets(window, y, x))
     ragged = gaussian_filter1d(rng.standard_normal((2, c.size), dtype=np.float32), 3 * px) * np.float32(3.5 * px)
     curved = np.float32(rng.uniform(0.0, 0.5) * gap) * np.square(c / np.float32(bar.half))
     cut = np.abs(t - ragged[0].reshape(c.shape)) - np.float32(gap) - curved - ragged[1].reshape(c.shape)
     cut = np.maximum(cut, np.abs(c) - np.float32(bar.half + 4 * px)) / np.float32(px)
-    strength, shine, halo = rng.uniform(0.7, 1.0), rng.uniform(0.4, 1.5), rng.uniform(0.2, 1.0)
+    strength, shine, halo = rng.uniform(0.75, 1.0), rng.uniform(0.6, 1.8), rng.uniform(0.4, 1.4)
     return window, scene.carved(clean, window, cut, strength, shine, halo)
 
 
@@ -648,12 +648,12 @@ def _mousebite(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     deep *= 0.65 if both else 1.0
     radius = max(deep * rng.uniform(0.7, 1.5), 4 * px)
     y, x = _on(bar.axis, along, middle)
-    window = _window(y, x, bar.half + 2 * radius + 24 * px, scene.size)
+    window = _window(y, x, bar.half + 2 * radius + 32 * px, scene.size)
     cut = np.float32(_REACH)
     for side in sides:
         cy, cx = _on(bar.axis, along + both * rng.uniform(-2, 2) * px, middle + side * (bar.half + radius - deep))
         cut = np.minimum(cut, _blob(rng, window, cy, cx, radius, 0.1) / np.float32(px))
-    return window, scene.carved(clean, window, cut, 1.0, rng.uniform(0.2, 1.0), rng.uniform(0.1, 0.9))
+    return window, scene.carved(clean, window, cut, 1.0, rng.uniform(0.2, 1.2), rng.uniform(0.2, 1.1))
 
 
 def _missing_via(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
@@ -664,8 +664,8 @@ def _missing_via(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     hole, dot = scene.dot(chosen)
     window, halo = scene.dot(replace(chosen, radius=2.2 * chosen.radius))
     changed = clean.copy()
-    changed[hole] -= dot * np.float32(scene.defect.uniform(1.4, 4.2))
-    changed[window] -= halo * np.float32(scene.defect.uniform(0, 0.8))
+    changed[hole] -= dot * np.float32(scene.defect.uniform(1.6, 4.6))
+    changed[window] -= halo * np.float32(scene.defect.uniform(0.1, 1.1))
     low, high = scene.limits(clean)
     return window, np.clip(changed[window], np.minimum(low, clean[window]), np.maximum(high, clean[window]))
 
