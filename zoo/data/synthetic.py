@@ -649,7 +649,7 @@ def _mousebite(scene: _Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     radius = max(deep * rng.uniform(0.7, 1.5), 4 * px)
     y, x = _on(bar.axis, along, middle)
     window = _window(y, x, bar.half + 2 * radius + 32 * px, scene.size)
-    cut = np.float32(_REACH)
+    cut = np.float32(1e3)
     for side in sides:
         cy, cx = _on(bar.axis, along + both * rng.uniform(-2, 2) * px, middle + side * (bar.half + radius - deep))
         cut = np.minimum(cut, _blob(rng, window, cy, cx, radius, 0.1) / np.float32(px))
