@@ -188,7 +188,7 @@ def test_results_of_equal_names_stay_apart(model, mvtec, tmp_path):
 
 def test_quickstart(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("zoo.tour.DATA", "synthetic:train=44,good=6,defect=6,size=128")
+    monkeypatch.setattr("zoo.tour.DATA", "synthetic:train=44,good=7,defect=7,size=128")
     assert run("quickstart") == 0
     text = capsys.readouterr().out
     assert "PRO" in text and text.count("\n  zoo ") == 3

@@ -12,7 +12,7 @@ from zoo.fit import evaluate, fit, store_evaluation
 from zoo.run import RunOptions
 from zoo.tables import console, metric_table
 
-DATA = "synthetic:train=120,good=30,defect=30,size=256"
+DATA = "synthetic:train=120,good=35,defect=35,size=256"
 NAME = "sem-patchcore"
 
 
