@@ -122,7 +122,7 @@ def fit(
     needs = _announce(model, module, run, memory_limit)
     callbacks, path = [], None
     if name is not None:
-        unfinished = Unfinished(hub.unfinished_place(name), checkpoint_minutes)
+        unfinished = Unfinished(hub.unfinished_place(name), checkpoint_minutes, run.say)
         path = checkpoint_to_resume(unfinished.path, resume, run)
         callbacks.append(unfinished)
     start = time.perf_counter()
@@ -285,9 +285,11 @@ def _announce(
     least = model.estimate_memory(math.ceil(images / world), world)  # known without a look at a batch
     needs = estimate(model, module, device_of(run.device), world) if least <= (memory_limit or math.inf) else None
     if memory_limit and (needs is None or needs.bytes > memory_limit):
-        need = f"about {needs.bytes / 1e9:.1f}" if needs else f"at least {least / 1e9:.1f}"
+        need = f"at least {least / 1e9:.1f} GB"
+        if needs:
+            need = f"about {needs.bytes / 1e9:.1f} GB ({(needs.bytes - least) / 1e9:.1f} for libraries and a batch)"
         limit = f"--memory-limit {memory_limit / 1e9:.3g}GB"
-        raise ZooError(f"This fit needs {need} GB, more than {limit}; lower --batch-size{model.memory_options}.")
+        raise ZooError(f"This fit needs {need}, more than {limit}; lower --batch-size{model.memory_options}.")
     run.say(f"{about}: {needs}.")
     return needs
 

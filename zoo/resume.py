@@ -4,6 +4,7 @@ import os
 import shutil
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,16 @@ class Unfinished(L.Callback):
     Args:
         path: of the checkpoint.
         minutes: between two of them; one more is written when the run is asked to end (SIGTERM).
+        say: told where a resumed fit goes on.
     """
 
-    def __init__(self, path: Path, minutes: float):
-        self.path, self.minutes = path, minutes
+    def __init__(self, path: Path, minutes: float, say: Callable[[str], None] = lambda line: None):
+        self.path, self.minutes, self.say = path, minutes, say
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.saved = time.monotonic()
+        if done := trainer.fit_loop.epoch_loop.batch_progress.current.ready:
+            self.say(f"Going on after batch {done} of {trainer.num_training_batches}.")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -28,7 +28,8 @@ def prepare_data(
         raise ZooError(f"{data} is prepared already; use it as --data {data}.")
     source = {"name": spec.name, "fingerprint": spec.fingerprint, "counts": spec.counts}
     place = Path(out).expanduser() if out else hub.store_place(spec.name, spec.fingerprint, size)
-    following = f"Next: zoo fit METHOD --data {place} --name NAME"
+    shape = size[0] if size[0] == size[1] else str(list(size)).replace(" ", "")
+    following = f"Next: zoo fit METHOD --data {place} --input-size {shape} --name NAME"
     if (place / store.INDEX).is_file():
         index = store.read_index(place)
         if index["source"] != source or index["size"] != list(size):
@@ -41,7 +42,7 @@ def prepare_data(
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
         raise ZooError(f"{place} exists and is no store; name another folder by --out.")
     total = sum(map(sum, spec.counts.values()))
-    print(f"Preparing {total:,} images at {size[0]} x {size[1]}: {total * size[0] * size[1] / 1e9:.2f} GB at 8 bits.")
+    print(f"Preparing {total:,} images at {size[0]} x {size[1]}: {total * size[0] * size[1] / 1e6:,.0f} MB at 8 bits.")
     from rich.progress import Progress
 
     with Progress(disable=not progress, transient=True) as bar:
