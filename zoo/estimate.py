@@ -1,6 +1,7 @@
-"""What a fit will need, told before it starts: measured on two batches, and reckoned from there."""
+"""What a fit will need, told before it starts: measured on a few batches, and reckoned from there."""
 
 import math
+import statistics
 import time
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -12,6 +13,7 @@ from zoo import record
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.module import AnomalyModule, Batch
 
+PROBED = 4  # batches
 MARGIN = 1.05  # of memory: the allocator's waste
 
 
@@ -38,22 +40,24 @@ def estimate(model: AnomalyModule, module: AnomalyDataModule, device: torch.devi
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model.to(device).num_train_images = module.num_train_images
-    for batch, seconds in _timed(module.train_dataloader()):  # the second one counts: the first warms up
+    each = []  # seconds an image
+    for batch, seconds in _timed(module.train_dataloader()):
         begin = time.perf_counter()
         with model.autocast():
             model.probe(batch._replace(image=batch.image.to(device)))
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        each = (seconds + time.perf_counter() - begin) / len(batch.name)
+        each.append((seconds + time.perf_counter() - begin) / len(batch.name))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else record.peak_memory_mb() * 2**20
     images, scored = module.num_train_images / world, len(module.holdout_set) / world
-    seconds = each * (images + scored) + model.estimate_seconds(math.ceil(images), math.ceil(scored))
+    usual = statistics.median(each[1:] or each)  # the first one warms up
+    seconds = usual * (images + scored) + model.estimate_seconds(math.ceil(images), math.ceil(scored))
     return Estimate(seconds, MARGIN * (peak + model.estimate_memory(math.ceil(images), world)))
 
 
 def _timed(loader: Iterable[Batch]) -> Iterator[tuple[Batch, float]]:
-    """The first two batches, and the seconds that each took to come."""
+    """The first batches, and the seconds that each took to come."""
     begin = time.perf_counter()
-    for batch in islice(loader, 2):
+    for batch in islice(loader, PROBED):
         yield batch, time.perf_counter() - begin
         begin = time.perf_counter()
