@@ -24,17 +24,19 @@ def test_deterministic():
     assert not np.array_equal(image, render(7, seed=4, size=96, kind="scratch")[0])
 
 
-@pytest.mark.parametrize("style", ["metal", "fine"])
-@pytest.mark.parametrize("size", [32, 100, 256])
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("size", "style"),
+    [(32, "metal"), (64, "metal"), (100, "metal"), (256, "metal"), (32, "fine"), (100, "fine"), (256, "fine")],
+)
 def test_a_mask_is_the_difference_to_the_normal_twin(kind, size, style):
-    for index in range(20):
+    for index in range(40 if style == "metal" else 20):
         normal, nothing = render(index, size=size, style=style)
         image, mask = render(index, size=size, kind=kind, style=style)
         assert not nothing.any()
-        assert mask.any() and mask.mean() < (0.5 if size == 32 else 0.2)  # 32 pixels show little of the field
+        assert mask.any() and mask.mean() < 0.2
         np.testing.assert_array_equal(image[~mask], normal[~mask])
-        assert (image[mask] != normal[mask]).mean() > 0.75
+        assert (image[mask] != normal[mask]).mean() > 0.85
 
 
 def test_what_visibly_changed_is_in_the_mask():
@@ -55,9 +57,9 @@ def test_defects_range_from_hard_to_easy():
             image, mask = render(index, kind=kind)
             areas.append(mask.sum())
             contrasts.append(np.abs(image[mask].astype(int) - normal[mask]).mean())
-        assert np.quantile(areas, 0.9) > 1.5 * np.quantile(areas, 0.1), kind
-        assert np.quantile(contrasts, 0.9) > 1.3 * np.quantile(contrasts, 0.1), kind
-        assert min(areas) >= 8, kind
+        assert np.quantile(areas, 0.9) > 2 * np.quantile(areas, 0.1), kind
+        assert np.quantile(contrasts, 0.9) > 1.4 * np.quantile(contrasts, 0.1), kind
+        assert min(areas) >= 10, kind
 
 
 def pieces(image, threshold):
@@ -77,7 +79,7 @@ def test_bridges_join_and_opens_part_lines(kind, change):
         else:
             after = pieces(np.where(mask & (image < normal), 0, normal), 92)
         hits.append((after - pieces(normal, 92)) * change > 0)
-    assert np.mean(hits) >= 0.7  # lines that meet or end beyond the border hide some
+    assert np.mean(hits) >= 0.75  # lines that meet or end beyond the border hide some
 
 
 def test_a_missing_via_leaves_its_line_and_less_light():

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from zoo.data.layout import Bar
-from zoo.data.scene import Scene, Window, around, between, join, offsets, on_axis, sigmoid
+from zoo.data.scene import SMALLEST, Scene, Window, around, between, join, offsets, on_axis, sigmoid
 
 
 def _particle(scene: Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
@@ -96,7 +96,7 @@ def _open(scene: Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     beside = np.abs(c) - np.float32(bar.half + 4 * px)
     cut = np.hypot(np.maximum(near, 0), np.maximum(beside, 0)) + np.minimum(np.maximum(near, beside), 0)
     cut /= np.float32(px)
-    strength, shine, halo = rng.uniform(0.75, 1.0), rng.uniform(0.6, 1.8), rng.uniform(0.4, 1.4)
+    strength, shine, halo = rng.uniform(0.75, 1.0), rng.uniform(0.6, 1.8), rng.uniform(0.0, 1.4)
     return window, carved(scene, clean, window, cut, strength, shine, halo)
 
 
@@ -109,7 +109,7 @@ def _mousebite(scene: Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     both = rng.random() < 0.35
     sides = (-1, 1) if both else (rng.choice([-1, 1]),)
     deep *= 0.65 if both else 1.0
-    radius = max(deep * rng.uniform(0.7, 1.5), 4 * px)
+    radius = min(max(deep * rng.uniform(0.7, 1.5), 4 * px), 0.14 * shrunk(scene) * scene.field)
     y, x = on_axis(bar.axis, along, middle)
     window = around(y, x, bar.half + 2 * radius + 32 * px, scene.size)
     cut = np.float32(1e3)
@@ -125,7 +125,7 @@ def _missing_via(scene: Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     ends = [via for via in seen if via.end] or seen or scene.vias
     chosen = ends[scene.defect.integers(len(ends))]
     hole, dot = scene.dot(chosen)
-    window, halo = scene.dot(replace(chosen, radius=2.2 * chosen.radius))
+    window, halo = scene.dot(replace(chosen, radius=(1 + 1.2 * shrunk(scene)) * chosen.radius))
     changed = clean.copy()
     changed[hole] -= dot * np.float32(scene.defect.uniform(1.6, 4.6))
     changed[window] -= halo * np.float32(scene.defect.uniform(0.1, 1.1))
@@ -233,7 +233,12 @@ def carved(
     distance = scene.distance[window]
     changed = reshaped(scene, clean, window, -join(-distance, cut), strength)
     changed = tinted(scene, clean, changed, sigmoid(-distance) * np.exp(-np.abs(cut) / 4), shine)
-    return tinted(scene, clean, changed, np.exp(-np.square(np.maximum(cut, 0) / 14)), -halo)
+    return tinted(scene, clean, changed, np.exp(-np.square(np.maximum(cut, 0) / (14 * shrunk(scene)))), -halo)
+
+
+def shrunk(scene: Scene) -> float:
+    """How much less than the nominal field the defects of a small image may fill, up to 1."""
+    return min(scene.field / SMALLEST, 1.0)
 
 
 def _blob(rng: np.random.Generator, window: Window, cy: float, cx: float, radius: float, uneven: float) -> np.ndarray:
