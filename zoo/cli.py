@@ -123,8 +123,7 @@ def fit(argv: list[str]) -> None:
     parser.add_argument(
         "--train-fraction", type=float, default=of_data.get("train_fraction", 1.0), help="share of the normals to use"
     )
-    _run_options(parser)
-    parser.add_argument("--devices", type=int, default=1, help="processes, one a device; torchrun and srun set it")
+    _run_options(parser, devices=True)
     parser.add_argument(
         "--resume", action="store_true", help="go on where an interrupted fit of this name stopped, if there is one"
     )
@@ -163,9 +162,9 @@ def fit(argv: list[str]) -> None:
         arguments,
         data_options,
         _run(options),
-        options.resume,
-        options.checkpoint_minutes,
-        memory_limit,
+        resume=options.resume,
+        checkpoint_minutes=options.checkpoint_minutes,
+        memory_limit=memory_limit,
     )
     following = f"evaluate {options.name} --data {options.data}" if tested else f"predict {options.name} PATH --out DIR"
     print(
@@ -179,8 +178,7 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument("name", help="name or folder of a model")
     parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
     _data_options(parser, {})
-    _run_options(parser, precision=None)
-    parser.add_argument("--devices", type=int, default=1, help="processes, one a device; torchrun and srun set it")
+    _run_options(parser, precision=None, devices=True)
     options = _parse(parser, argv)
     folder = hub.find_model(options.name)
     checkpoint.read_config(folder)
@@ -285,7 +283,9 @@ def _data_values(options: Any) -> dict[str, Any]:
     return {key: options[key] for key in ("batch_size", "num_workers", "skip_broken")}
 
 
-def _run_options(parser: Any, precision: str | None = "32-true") -> None:
+def _run_options(parser: Any, precision: str | None = "32-true", devices: bool = False) -> None:
+    if devices:
+        parser.add_argument("--devices", type=int, default=1, help="processes, one a device; torchrun and srun set it")
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--precision", type=Precision | None, default=precision, help="null: as the model was fitted")
 

@@ -4,11 +4,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import lightning as L
 import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from zoo import checkpoint, ranks
@@ -16,18 +13,8 @@ from zoo.calibration import Calibration
 from zoo.cards import render_card
 from zoo.errors import ZooError
 from zoo.image import read_image, resize, to_tensor
+from zoo.learning import Batch, LearningModule
 from zoo.metrics import AnomalyMetrics
-
-
-class Batch(NamedTuple):
-    """Images (B, 1 or 3, H, W) float in [0, 1], their names and, where known, labels (B,), masks and regions of
-    interest (B, 1, H, W) bool."""
-
-    image: Tensor
-    name: list[str]
-    label: Tensor | None = None
-    mask: Tensor | None = None
-    roi: Tensor | None = None
 
 
 class Scores(NamedTuple):
@@ -55,7 +42,7 @@ class Prediction(NamedTuple):
     verdict: str = "no threshold"
 
 
-class AnomalyModule(L.LightningModule):
+class AnomalyModule(LearningModule):
     """Base of all methods (one file each in `zoo/methods`).
 
     A subclass has `forward(images, roi=None) -> Scores` and learns in one or both of two ways: by gradient
@@ -68,7 +55,6 @@ class AnomalyModule(L.LightningModule):
     """
 
     method: ClassVar[str]
-    memory_options: ClassVar[str] = ""  # options that lower the memory of a fit, as they end a sentence
     channels: ClassVar[int] = 3  # what the network takes; grey is repeated, colour is averaged
 
     def __init__(self, input_size: int | list[int], seed: int):
@@ -79,12 +65,9 @@ class AnomalyModule(L.LightningModule):
         if len(self.size) != 2 or min(self.size) < 32:
             raise ZooError(f"--input-size is one number or [height, width] of at least 32 pixels, not {input_size}.")
         self.mean, self.std = (0.5,) * self.channels, (0.5,) * self.channels
-        self.num_train_images = 0
         self.calibration: Calibration | None = None
         self.preset: str | None = None
         self.view: dict[str, int | None] = {"resize": None, "crop": None}  # of the data module, in preset original
-        self.observed, self.pass_length = 0, 0  # batches of an unfinished pass, and of a whole one
-        self.precision = "32-true"
         self.metrics = AnomalyMetrics()
         self.scored: list[tuple[str, int, float]] = []  # (name, label, score) of the last validation or test
 
@@ -97,127 +80,6 @@ class AnomalyModule(L.LightningModule):
             images = images.expand(-1, 3, -1, -1) if self.channels == 3 else images.mean(1, keepdim=True)
         mean, std = (images.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return (images - mean) / std
-
-    # ---- learning ----------------------------------------------------------------------------------------------------
-
-    @property
-    def learns_by_gradient(self) -> bool:
-        return any(parameter.requires_grad for parameter in self.parameters())
-
-    def training_step(self, batch: Batch, index: int) -> Tensor | None:
-        with torch.no_grad():
-            if batch.name:  # more processes than images
-                self.observe(batch)
-        self.observed += 1
-        if self.observed == self.pass_length:  # before Lightning validates
-            self._finish_pass()
-        # One process may return nothing; Lightning refuses that of several, and then gets a loss of no parameter.
-        return None if self.trainer.world_size == 1 else torch.zeros((), device=self.device, requires_grad=True)
-
-    def configure_optimizers(self) -> Any:
-        return None
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        if self.learns_by_gradient:
-            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        else:
-            optimizer_closure()
-
-    def setup(self, stage: str) -> None:
-        if stage != "fit":
-            return
-        self.forget()
-        self.observed = 0
-        strategy = self.trainer.strategy
-        vars(strategy).pop("configure_ddp", None)
-        if isinstance(strategy, DDPStrategy) and not self.learns_by_gradient:
-            strategy.configure_ddp = lambda: None  # there is nothing to reduce, and torch's wrapper refuses
-
-    def on_fit_start(self) -> None:
-        if len(set(ranks.gather(self.observed))) > 1:
-            raise ZooError("Not all processes found the checkpoint; give them one $ZOO_HOME on a shared disk.")
-        if self.observed:  # resumed: a checkpoint is read into main memory
-            self.load_fit_state(move_data_to_device(self.fit_state(), self.device))
-
-    def on_train_start(self) -> None:
-        self.num_train_images = len(self.trainer.train_dataloader.dataset)
-        self.pass_length = self.trainer.num_training_batches
-
-    def on_train_batch_start(self, batch: Batch, index: int) -> None:
-        """Whatever a step draws from torch's generators is a function of (seed, epoch, step, process)."""
-        key = np.random.SeedSequence([self.hparams.seed, self.current_epoch, index, self.global_rank])
-        torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
-
-    def on_train_epoch_end(self) -> None:
-        if self.observed:  # the pass was cut short, by max_steps or a callback
-            self._finish_pass()
-
-    on_fit_end = on_train_epoch_end  # resumed where nothing was left to do
-
-    def _finish_pass(self) -> None:
-        """Merge what all processes have gathered, learn from it in the first one, and give the result to all."""
-        rank, world = ranks.rank_and_world()
-        with torch.no_grad():
-            if rank == 0:
-                for source in range(1, world):
-                    self.merge_fit_state(ranks.receive(source, self.device))
-                self.finish()
-                learned = {name: getattr(self, name) for name in checkpoint.learned_buffers(self)}
-                for other in range(1, world):
-                    ranks.send((learned, self.private_state()), other)
-            else:
-                ranks.send(self.fit_state(), 0)
-                self.forget()
-                learned, private = ranks.receive(0, self.device)
-                for name, buffer in learned.items():
-                    setattr(self, name, buffer)
-                self.load_private_state(private)
-        self.observed = 0
-
-    def fit_state(self) -> dict[str, Any]:
-        """What `observe` has gathered so far: tensors and plain values for a Lightning checkpoint, not for a model."""
-        return {}
-
-    def load_fit_state(self, state: dict[str, Any]) -> None:
-        """Take up what `fit_state` gave."""
-
-    def merge_fit_state(self, state: dict[str, Any]) -> None:
-        """Add what `fit_state` gave in another process, which saw other images; the last step before `finish`."""
-
-    def forget(self) -> None:
-        """Drop what `observe` has gathered; what was learned before stays."""
-
-    def on_save_checkpoint(self, ckpt: dict[str, Any]) -> None:
-        rank, world = ranks.rank_and_world()
-        state = self.fit_state()
-        if rank:
-            ranks.send(state, 0)
-        others = (ranks.receive(source, self.device) for source in range(1, world) if not rank)
-        ckpt["fit_state"] = [state, *(move_data_to_device(other, "cpu") for other in others)]
-        ckpt["observed"], ckpt["precision"], ckpt["private"] = self.observed, self.precision, self.private_state()
-
-    def on_load_checkpoint(self, ckpt: dict[str, Any]) -> None:
-        self.load_private_state(ckpt["private"])
-        if self._trainer is None or self.trainer.state.fn != "fit":
-            return
-        progress = ckpt["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        now = progress["current"]
-        accumulating = now["processed"] % self.trainer.accumulate_grad_batches and not progress["is_last_batch"]
-        if now["started"] != now["processed"] or (accumulating and self.learns_by_gradient):
-            raise ZooError("This checkpoint was taken in the middle of a step; resume from the one before it.")
-        if progress["is_last_batch"] and self.trainer.max_steps != -1:  # there Lightning 2.6 takes one batch too many
-            raise ZooError("This checkpoint ends an epoch, where a fit by max_steps doesn't resume; give max_epochs.")
-        before = ckpt["hyper_parameters"] | {"precision": ckpt["precision"]}
-        now = self.hparams | {"precision": self.precision}
-        changed = [key for key, value in before.items() if now.get(key) != value]
-        if changed:
-            raise ZooError(f"This checkpoint belongs to another configuration ({changed[0]} differs); start anew.")
-        rank, world = ranks.rank_and_world()
-        if len(ckpt["fit_state"]) != world:
-            before = len(ckpt["fit_state"])
-            raise ZooError(f"This checkpoint was taken by {before} processes and goes on with as many, not {world}.")
-        self.load_fit_state(ckpt["fit_state"][rank])
-        self.observed = ckpt["observed"]
 
     # ---- validation and test -----------------------------------------------------------------------------------------
 
@@ -321,28 +183,6 @@ class AnomalyModule(L.LightningModule):
         return Prediction(score, map, self.calibration.p_value(score), anomalous, words)
 
     # ---- keeping -----------------------------------------------------------------------------------------------------
-
-    def probe(self, batch: Batch) -> None:
-        """The part of `observe` that costs the same for each batch: it is timed before a fit."""
-        self.observe(batch)
-
-    def estimate_memory(self, num_images: int, world: int = 1) -> int:
-        """Bytes that a fit on so many images, in each of so many processes, holds beside the network and one batch.
-
-        The peak of the first process, which merges.
-        """
-        return 0
-
-    def estimate_seconds(self, num_images: int, scored: int) -> float:
-        """Seconds that a fit on so many images, and scoring others, takes beside the network, on this device."""
-        return 0.0
-
-    def private_state(self) -> dict[str, Any]:
-        """JSON values that stay with the owner (image names): saved under `private/`, never published."""
-        return {}
-
-    def load_private_state(self, state: dict[str, Any]) -> None:
-        """Take up what `private_state` gave."""
 
     def config(self) -> dict[str, Any]:
         """What `config.json` holds of this model, but for what `checkpoint.save` adds. No path of this machine."""

@@ -78,16 +78,17 @@ def gather_list(items: list[Any]) -> list[Any]:
 
 def send(state: Any, to: int) -> None:
     """Send nested dicts, lists and tuples of tensors and plain values; tensors go one by one, none is copied."""
+    import torch
     import torch.distributed as dist
     from lightning_utilities.core.apply_func import apply_to_collection
 
     tensors: list[torch.Tensor] = []
 
-    def take(tensor: "torch.Tensor") -> _Hole:
+    def take(tensor: torch.Tensor) -> _Hole:
         tensors.append(tensor)
         return _Hole(list(tensor.shape), tensor.dtype)
 
-    skeleton = apply_to_collection(state, _tensor_type(), take)
+    skeleton = apply_to_collection(state, torch.Tensor, take)
     dist.send_object_list([skeleton], to)
     for tensor in tensors:
         if tensor.numel():
@@ -109,9 +110,3 @@ def receive(source: int, device: "torch.device") -> Any:
     box = [None]
     dist.recv_object_list(box, source)
     return apply_to_collection(box[0], _Hole, fill)
-
-
-def _tensor_type() -> type:
-    import torch
-
-    return torch.Tensor

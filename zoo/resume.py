@@ -68,7 +68,7 @@ class Unfinished(L.Callback):
             trainer.save_checkpoint(self.path)
 
     def discard(self) -> None:
-        """Remove it: the fit is done, or begins anew."""
+        """Remove it: the fit is done."""
         shutil.rmtree(self.path.parent, ignore_errors=True)
 
 
