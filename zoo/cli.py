@@ -236,7 +236,7 @@ def data(argv: list[str]) -> None:
         "--size", type=int | list[int], default=224, help="side of the stored images, or [height, width]"
     )
     parser.add_argument("--out", type=str | None, default=None, help="folder of the store; null: under $ZOO_HOME")
-    parser.add_argument("--num-workers", type=int | None, default=None, help="processes; null: one a core")
+    parser.add_argument("--num-workers", type=int | None, default=None, help="threads; null: one a core")
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read and list them")
     options = _parse(parser, argv[1:] if argv[:1] == ["prepare"] else argv)
     size = (options.size, options.size) if isinstance(options.size, int) else tuple(options.size)

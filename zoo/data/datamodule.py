@@ -13,8 +13,9 @@ from datasets import Dataset, DatasetDict
 from torch import Tensor
 
 from zoo.data.loader import EpochLoader
+from zoo.data.rows import read_row
 from zoo.errors import ZooError
-from zoo.image import read_image, read_mask, resize, resize_mask, to_tensor
+from zoo.image import resize, resize_mask, to_tensor
 from zoo.module import Batch
 
 HOLDOUT_SHARE, HOLDOUT_LEAST = 0.1, 20
@@ -158,27 +159,13 @@ class _Images(torch.utils.data.Dataset):
     def _item(self, row: dict[str, Any]) -> Batch:
         array, mask, name = read_row(row)
         image = to_tensor(array, name)[None]  # (1, C, H, W)
-        mask = None if mask is None else mask[None, None]  # (1, 1, H, W)
+        mask = None if mask is None else torch.from_numpy(mask)[None, None]  # (1, 1, H, W)
         if self.resize is not None:
             size = (self.resize, self.resize)
             image, mask = resize(image, size), None if mask is None else resize_mask(mask, size)
         if self.crop is not None:
             image, mask = _center_crop(image, self.crop), None if mask is None else _center_crop(mask, self.crop)
         return Batch(image, [row["path"]], torch.tensor([row["label"]]), mask)
-
-
-def read_row(row: dict[str, Any]) -> tuple[np.ndarray, Tensor | None, str]:
-    """A row of a data set, decoded: image (H, W) or (H, W, 3), mask (H, W) bool or None, name.
-
-    Raises:
-        ZooError: it can't be read, or the two differ in size.
-    """
-    image = read_image(row["image"])
-    mask = None if row["mask"] is None else torch.from_numpy(read_mask(row["mask"]))
-    if mask is not None and mask.shape != image.shape[:2]:
-        sizes = f"{tuple(mask.shape)} against {tuple(image.shape[:2])}"
-        raise ZooError(f"The mask of {row['path']} has another size than its image ({sizes}); redraw it.")
-    return image, mask, row["path"]
 
 
 def group_by_shape(items: list[Batch]) -> list[Batch]:

@@ -8,7 +8,7 @@ import numpy as np
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
 from zoo.data.layout import Bar
-from zoo.data.scene import SMALLEST, Scene, Window, around, between, join, offsets, on_axis, sigmoid
+from zoo.data.scene import SMALLEST, Scene, Window, around, join, offsets, on_axis, sigmoid, stretch
 
 
 def _particle(scene: Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
@@ -142,8 +142,8 @@ def _stain(scene: Scene, clean: np.ndarray) -> tuple[Window, np.ndarray]:
     d = _blob(rng, window, cy, cx, radius, 0.2) / np.float32(radius)
     soft = np.float32(rng.uniform(0.04, 0.14))
     film = sigmoid(-d / soft) + np.float32(rng.uniform(0.3, 1.2)) * np.exp(-np.square(d / soft) / 2)
-    tall, wide = (between(side, 12) for side in d.shape)
-    cloud = tall @ rng.standard_normal((12, 12), dtype=np.float32) @ wide.T
+    tall, wide = d.shape
+    cloud = stretch(stretch(rng.standard_normal((12, 12), dtype=np.float32), tall).T, wide).T
     film *= 1 + np.float32(0.25 / (cloud.std() + 1e-6)) * cloud
     contrast = np.exp(rng.uniform(*np.log((34, 72)))) * rng.choice([-1, 1], p=[0.6, 0.4])
     (low, high), under = limits(clean), clean[window]

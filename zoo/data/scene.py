@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
-from scipy.ndimage import gaussian_filter1d
+from scipy.ndimage import gaussian_filter, gaussian_filter1d
 from scipy.special import ndtri
 
 from zoo.data.layout import Bar, Rules, Via, route
@@ -110,18 +110,15 @@ class Look:
         )
 
 
-def between(size: int, nodes: int) -> np.ndarray:
-    """Linear interpolation from nodes to pixels (size, nodes)."""
-    place = np.linspace(0, nodes - 1, size)[:, None] - np.arange(nodes)
-    return np.maximum(1 - np.abs(place), 0).astype(np.float32)
-
-
-@lru_cache(maxsize=8)
-def _grid(size: int, nodes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Linear interpolation from nodes to pixels (size, nodes), and a Gaussian over nodes (nodes, nodes)."""
-    apart = np.subtract.outer(np.arange(nodes), np.arange(nodes))
-    near = np.exp(-np.square(apart / 6.0) / 2)
-    return between(size, nodes), (near / near.sum(1, keepdims=True)).astype(np.float32)
+def stretch(nodes: np.ndarray, size: int, rows: slice = slice(None)) -> np.ndarray:
+    """Linear interpolation (N, M) -> (size, M), or some rows of it; no matrix product, which would start threads."""
+    place = np.linspace(0, len(nodes) - 1, size, dtype=np.float32)[rows]
+    first = np.minimum(place.astype(np.intp), len(nodes) - 2)
+    low, step = nodes[first], nodes[first + 1]
+    step -= low
+    step *= (place - first)[:, None]
+    step += low
+    return step
 
 
 @lru_cache(maxsize=1)
@@ -209,18 +206,18 @@ class Scene:
         """Slow drift, darker ground between dense lines, faint texture, and rows that differ a little."""
         size = self.size
         nodes = min(int(size / self.scale / 4) + 1, size)
-        up, near = _grid(size, nodes)
         pick = np.linspace(0, size - 1, nodes).astype(int)
         metal = (self.distance[np.ix_(pick, pick)] < 0).astype(np.float32)  # (N, N)
         ramp = np.linspace(-1, 1, nodes, dtype=np.float32)
         waves = np.cos(np.pi / 2 * np.outer(np.arange(3), ramp + 1)).astype(np.float32)  # (3, N)
-        drift = waves.T @ rng.normal(0, 0.022, (3, 3)).astype(np.float32) @ waves
-        charge = near @ (metal - metal.mean()) @ near.T * np.float32(rng.uniform(-0.14, 0.02))
+        drift = np.einsum("in,ij,jm->nm", waves, rng.normal(0, 0.022, (3, 3)).astype(np.float32), waves)
+        charge = gaussian_filter(metal - metal.mean(), 6, mode="nearest", truncate=3)
+        charge *= np.float32(rng.uniform(-0.14, 0.02))
         mottle = rng.standard_normal((nodes, nodes), dtype=np.float32) * np.float32(rng.uniform(0.008, 0.03))
         rows = gaussian_filter1d(rng.standard_normal(size, dtype=np.float32), 5 * self.scale) * 2
         rows += rng.standard_normal(size, dtype=np.float32)
         self.rows = 1 + rows[:, None] * np.float32(rng.uniform(0.001, 0.006))  # (S, 1)
-        self.smooth = (drift + charge + mottle) @ up.T  # (N, S)
+        self.smooth = np.ascontiguousarray(stretch((drift + charge + mottle).T, size).T)  # (N, S)
 
     @cached_property
     def profiles(self) -> tuple[np.ndarray, np.ndarray]:
@@ -254,7 +251,7 @@ class Scene:
         sided *= added.take(place, mode="clip")
         grey += sided
         grey += np.float32(self.look.ground)
-        light = _grid(self.size, len(self.smooth))[0][rows] @ self.smooth
+        light = stretch(self.smooth, self.size, rows)
         light += self.rows[rows]
         light *= np.float32(self.look.gain)
         grey *= light

@@ -12,7 +12,10 @@ import json
 import os
 import shutil
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,16 +23,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from zoo.checkpoint import dump, write_text
+from zoo.data.rows import read_row
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
     import datasets
-    import torch
 
 FORMAT_VERSION = 1
 INDEX = "store.json"
 BLOCK = 512  # images; what a run that was killed does again
-CHUNK = 16  # images that a process sends at once
+CHUNK = 16  # images that a thread decodes at once
 SPLITS = ("train", "test")
 
 
@@ -73,7 +76,7 @@ def prepare(
         place: folder of the store; it appears when all is done.
         size: (height, width) of the stored images: bilinear with antialias, rounded to the nearest grey level; masks by
             nearest. Colour is averaged.
-        workers: processes that decode.
+        workers: threads that decode.
         skip_broken: leave out images that can't be read, and list them.
         tick: told the images done so far.
 
@@ -161,66 +164,108 @@ def _write_block(stem: Path, decoded: Iterable[tuple]) -> dict[str, Any]:
         images = [image if image.dtype == np.uint16 else image.astype(np.uint16) * 257 for image in images]
     for name, arrays in (f"{stem.name}.npy", images), (f"{stem.name}.masks.npy", masks):
         if arrays:
-            buffer = io.BytesIO()
-            np.save(buffer, np.stack(arrays), allow_pickle=False)
-            sha256[name] = hashlib.sha256(buffer.getbuffer()).hexdigest()
-            temporary = stem.with_name(f".{name}")
-            temporary.write_bytes(buffer.getbuffer())
-            temporary.replace(stem.with_name(name))
+            sha256[name] = _save(stem.with_name(name), arrays)
     block["sha256"] = sha256
     write_text(stem.with_suffix(".json"), dump(block))
     return block
 
 
+def _save(path: Path, arrays: list[np.ndarray]) -> str:
+    """Write arrays of one shape as a file of their stack, which memory needs not hold; its SHA-256."""
+    header = io.BytesIO()
+    shape = (len(arrays), *arrays[0].shape)
+    about = {"descr": np.lib.format.dtype_to_descr(arrays[0].dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, about)
+    temporary, digest = path.with_name(f".{path.name}"), hashlib.sha256()
+    with open(temporary, "wb") as file:
+        for part in (header.getvalue(), *arrays):
+            file.write(part)
+            digest.update(part)
+    temporary.replace(path)
+    return digest.hexdigest()
+
+
 def _decoded(rows: datasets.Dataset, size: tuple[int, int], workers: int, skip_broken: bool) -> Iterator[tuple]:
-    """(path, label, (image, mask, is colour) or the reason why it can't be read), in order."""
-    from torch.utils.data import DataLoader
+    """(path, label, (image, mask, is colour) or the reason why it can't be read), in order.
 
-    decoder = _Decoder(rows, size, skip_broken)
-    for chunk in DataLoader(
-        decoder, CHUNK, num_workers=workers, collate_fn=list, prefetch_factor=8 if workers else None
-    ):
-        yield from chunk
-
-
-class _Decoder:
-    """Row numbers -> decoded, resized and rounded."""
-
-    def __init__(self, rows: datasets.Dataset, size: tuple[int, int], skip_broken: bool):
-        self.rows, self.size, self.skip_broken = rows, size, skip_broken
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[str, int, Any]]:
-        rows = self.rows[indices]
-        return [self._item(dict(zip(rows, values, strict=True))) for values in zip(*rows.values(), strict=True)]
-
-    def _item(self, row: dict[str, Any]) -> tuple[str, int, Any]:
-        from zoo.data.datamodule import read_row
-
+    Threads suffice: decoding and products of matrices let go of Python's lock, and nothing is copied between processes.
+    """
+    ahead: deque[Future] = deque()
+    with ThreadPoolExecutor(max(workers, 1)) as pool:
         try:
-            return row["path"], row["label"], self._resized(*read_row(row))
+            for first in range(0, len(rows), CHUNK):
+                chunk = range(first, min(first + CHUNK, len(rows)))
+                ahead.append(pool.submit(_decode, rows, chunk, size, skip_broken))
+                if len(ahead) > BLOCK // CHUNK:  # while a block is written
+                    yield from ahead.popleft().result()
+            while ahead:
+                yield from ahead.popleft().result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _decode(rows: datasets.Dataset, chunk: range, size: tuple[int, int], skip_broken: bool) -> list[tuple]:
+    columns, found = rows[chunk], []
+    for values in zip(*columns.values(), strict=True):
+        row = dict(zip(columns, values, strict=True))
+        try:
+            item = _shrink(*read_row(row), size)
         except ZooError as error:
-            if not self.skip_broken:
+            if not skip_broken:
                 raise
-            return row["path"], row["label"], str(error)
+            item = str(error)
+        found.append((row["path"], row["label"], item))
+    return found
 
-    def _resized(self, array: np.ndarray, mask: torch.Tensor | None, name: str) -> tuple:
-        import torch
 
-        from zoo.image import resize, resize_mask, to_tensor
+def _shrink(array: np.ndarray, mask: np.ndarray | None, name: str, size: tuple[int, int]) -> tuple:
+    """Image and mask at the working size, and whether there was colour."""
+    from zoo.image import to_tensor
 
-        deep = array.dtype != np.uint8
-        if array.dtype == np.float32:
-            array = to_tensor(array, name).movedim(0, -1).numpy() * 65535  # checked to lie in [0, 1]
-            array = array[..., 0] if array.shape[2] == 1 else array
-        colour = array.ndim == 3 and bool((array != array[..., :1]).any())
-        if array.ndim == 3:
-            array = array.mean(2) if colour else array[..., 0]
-        image = torch.from_numpy(array.astype(np.float32))[None, None]  # (1, 1, H, W) grey levels
-        grey = resize(image, self.size)[0, 0].round_().numpy().astype(np.uint16 if deep else np.uint8)
-        return grey, None if mask is None else resize_mask(mask[None, None], self.size)[0, 0].numpy(), colour
+    deep = array.dtype != np.uint8
+    if array.dtype == np.float32:
+        array = to_tensor(array, name).movedim(0, -1).numpy() * 65535  # checked to lie in [0, 1]
+        array = array[..., 0] if array.shape[2] == 1 else array
+    colour = array.ndim == 3 and bool((array != array[..., :1]).any())
+    if array.ndim == 3:
+        array = array.mean(2) if colour else array[..., 0]
+    grey = resize_grey(array.astype(np.float32), size)
+    grey = np.rint(grey, out=grey).astype(np.uint16 if deep else np.uint8, order="C")
+    if mask is not None:  # (H, W) -> (h, w), nearest
+        rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, mask.shape, strict=True))
+        mask = mask[rows[:, None], columns]
+    return grey, mask, colour
+
+
+def resize_grey(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """`zoo.image.resize` of one grey image (H, W) float32 -> (h, w), equal but for the last bits, in half the time.
+
+    Each pixel that comes out sees a few that go in, so a dozen of them is a small product of matrices.
+    """
+    for length in size:  # rows, then columns
+        if len(image) != length:
+            shorter = np.empty((length, image.shape[1]), np.float32)
+            for out, seen, weights in _bands(len(image), length):
+                np.matmul(weights, image[seen], out=shorter[out])
+            image = shorter
+        image = image.T
+    return image
+
+
+@lru_cache(maxsize=16)
+def _bands(before: int, after: int) -> list[tuple[slice, slice, np.ndarray]]:
+    """Pixels that come out, what they see, and the weights of a triangle (bilinear, antialiased when it shrinks)."""
+    scale = before / after
+    support = max(scale, 1.0)
+    centre = (np.arange(after) + 0.5) * scale
+    bands = []
+    for first in range(0, after, 12):
+        middle = centre[first : first + 12, None]
+        seen = slice(max(int(middle[0, 0] - support), 0), min(int(middle[-1, 0] + support) + 1, before))
+        weights = np.maximum(1 - np.abs(np.arange(seen.start, seen.stop) + 0.5 - middle) / support, 0)
+        weights /= weights.sum(1, keepdims=True)
+        bands.append((slice(first, first + len(middle)), seen, weights.astype(np.float32)))
+    return bands
 
 
 def load_store(place: Path) -> datasets.DatasetDict:
