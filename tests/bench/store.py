@@ -2,10 +2,10 @@
 
     python tests/bench/store.py --out tests/bench/store.json
 
-JPEG files of synthetic images, 512 x 512, are written first. Decoded: JPEG to
-grey at 224 as `zoo data prepare` does it, with two threads, against PIL's plain path in one (open, convert to L,
-resize, array), the same files, warm, in turn three times. Made: the whole store, masks, hashes and writing included. Read: images/s of the data module's
-training batches at 224. Seen: scores of one PatchCore from files and store on 250 good and 250 defective images.
+JPEG files of synthetic images, 512 x 512, are written first. Decoded: JPEG to grey at 224 as `zoo data prepare` does
+it, in two threads, against PIL's plain path in one (open, convert to L, resize, array), the same files, warm, in turn
+three times. Made: the whole store, masks, hashes and writing included. Read: images/s of the data module's training
+batches at 224. Seen: scores of one PatchCore from files and store on 250 good and 250 defective images.
 """
 
 import argparse
