@@ -88,6 +88,29 @@ def record(metrics):
     return batches
 
 
+class Steps(L.Callback):
+    """The loss of each step, and the gradients of the first one."""
+
+    def __init__(self):
+        self.losses, self.gradients = [], {}
+
+    def on_after_backward(self, trainer, module):
+        if not self.losses:
+            self.gradients = {n: p.grad.clone() for n, p in module.named_parameters() if p.grad is not None}
+
+    def on_train_batch_end(self, trainer, module, *_):
+        self.losses.append(float(trainer.callback_metrics["loss"]))
+
+
+def steps(method, devices):
+    """Eight steps on 16 images, 8 a step whatever the number of processes."""
+    watch, model = Steps(), build(method)
+    run = trainer(devices, watch)
+    run.fit_loop.max_epochs = 4
+    run.fit(model, datamodule=data(train=36, batch_size=8 // devices))
+    return watch, model
+
+
 def main(out):
     rank, world, _ = ranks.launched()
     results = {}
@@ -106,7 +129,10 @@ def main(out):
             seen.names[f"predict {count + 1}"] = alone.names.get("predict", [])
         one = AnomalyDataModule(load_data(f"synthetic:train=1,good=1,defect=1,size={SIZE}"))
         tiny, only = build(method), Seen()
-        if not tiny.learns_by_gradient:
+        watch = None
+        if tiny.learns_by_gradient:
+            watch, _ = steps(method, world)
+        else:
             trainer(world, only).fit(tiny, datamodule=one)  # one image, two processes
         seen.names["fit of one"] = only.names.get("fit", [])
 
@@ -124,6 +150,8 @@ def main(out):
             "measured": measured,
             "scored": scored,
             "tiny": tiny.state_dict(),
+            "losses": watch and watch.losses,
+            "gradients": watch and watch.gradients,
         }
     torch.save(results, out / f"rank{rank}.pt")
 

@@ -136,7 +136,7 @@ def test_masks_in_subfolders(tmp_path):
         (["train/good/"], "train/good holds no images"),
         (["train/good/a.txt", "test/good/a.png"], "train/good holds no images"),
         (["train/", "test/scratch/a.png"], "train/good holds no images"),
-        (["train/good/a.png", "train/bad/b.png"], r"train/bad/b\.png is in train/bad.*test/bad"),
+        (["train/good/a.png", "train_masks/bad/b.png"], r"train_masks/bad/b\.png is a mask without.*train/bad"),
         (["train/a.png"], r"train/a\.png is in no class.*train/good"),
         (["train/good/a.png", "test/b.png"], r"test/b\.png is in no class"),
         (["train/good/a.png", "good/a.png"], "ambiguous"),
@@ -161,6 +161,18 @@ def test_mistakes_get_a_sentence(tmp_path, files, match):
     with pytest.raises(ZooError, match=match) as caught:
         scan(make(tmp_path, *files))
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_labelled_defects_to_train_on_have_masks_of_their_own(tmp_path):
+    files = ["train/good/a.png", "train/dent/b.png", "train/hole/c.png", "train_masks/dent/b_mask.png"]
+    splits = scan(make(tmp_path, *files, "test/good/a.png", "test/dent/b.png"))
+    found = {item.name: (item.label, item.mask and item.mask.rpartition("/")[2]) for item in splits["train"]}
+    assert found == {
+        "train/good/a.png": (0, None),
+        "train/dent/b.png": (1, "b_mask.png"),
+        "train/hole/c.png": (1, None),
+    }
+    assert [(item.name, item.mask) for item in splits["test"]] == [("test/dent/b.png", None), ("test/good/a.png", None)]
 
 
 def test_missing_folder_and_file(tmp_path):

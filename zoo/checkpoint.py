@@ -27,6 +27,7 @@ KEYS = {
     "arguments": dict,
     "preprocessing": dict,
     "precision": str,
+    "selection": dict | None,
     "calibration": dict | None,
     "learned": dict,
     "backbone": dict | None,

@@ -18,7 +18,7 @@ from zoo.errors import ZooError
 from zoo.inference import find_images, predict_files
 from zoo.methods import METHODS, list_methods, method_id, presets, signature, summary
 from zoo.ranks import launched
-from zoo.run import RunOptions
+from zoo.run import RunOptions, plan_training
 
 USAGE = """usage: zoo COMMAND [--help]
 
@@ -123,6 +123,7 @@ def fit(argv: list[str]) -> None:
     parser.add_argument(
         "--train-fraction", type=float, default=of_data.get("train_fraction", 1.0), help="share of the normals to use"
     )
+    _trainer_options(parser, sections.get("trainer", {}))
     _run_options(parser, devices=True)
     parser.add_argument(
         "--resume", action="store_true", help="go on where an interrupted fit of this name stopped, if there is one"
@@ -144,6 +145,8 @@ def fit(argv: list[str]) -> None:
         if not options[needed]:
             raise ZooError(f"zoo fit needs --{needed}: zoo fit {method} --data DATA --name NAME.")
     memory_limit = _bytes(options.memory_limit) if options.memory_limit else None
+    trainer_options = {key: options[key] for key in ("max_epochs", "max_steps", "accumulate", "select")}
+    plan_training(method, options.preset or "paper224", trainer_options)
     if not options.checkpoint_minutes >= 0:
         raise ZooError(f"--checkpoint-minutes is at least 0, not {options.checkpoint_minutes}.")
     place = hub.model_place(options.name)
@@ -161,6 +164,7 @@ def fit(argv: list[str]) -> None:
         options.preset,
         arguments,
         data_options,
+        trainer_options,
         _run(options),
         resume=options.resume,
         checkpoint_minutes=options.checkpoint_minutes,
@@ -281,6 +285,22 @@ def _data_options(parser: Any, preset: dict[str, Any]) -> None:
 
 def _data_values(options: Any) -> dict[str, Any]:
     return {key: options[key] for key in ("batch_size", "num_workers", "skip_broken")}
+
+
+def _trainer_options(parser: Any, preset: dict[str, Any]) -> None:
+    """Of methods that learn by gradient; null takes the preset's."""
+    steps, epochs = preset.get("max_steps"), preset.get("max_epochs")
+    usual = f"the preset has {steps} steps" if steps else f"the preset has {epochs} epochs" if epochs else "no training"
+    parser.add_argument("--max-steps", type=int | None, default=None, help=f"optimiser steps; {usual}")
+    parser.add_argument("--max-epochs", type=int | None, default=None, help=f"passes over the images; {usual}")
+    parser.add_argument("--accumulate", type=int | None, default=None, help="batches that make one step")
+    parser.add_argument(
+        "--select",
+        type=str | None,
+        default=None,
+        help="which step is kept: last, normal (lowest mean map of held-out normals) or a metric on half of the test "
+        "images, which evaluate then leaves out",
+    )
 
 
 def _run_options(parser: Any, precision: str | None = "32-true", devices: bool = False) -> None:

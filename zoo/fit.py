@@ -19,9 +19,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from zoo import checkpoint, hub, ranks, record
 from zoo.calibration import default_calibration
+from zoo.callbacks import NotFinite
 from zoo.cards import render_card
 from zoo.data import DataSpec, check_data, load_data
 from zoo.data.datamodule import AnomalyDataModule
+from zoo.data.halves import SEED, reported_half, validation_half
 from zoo.errors import ZooError
 from zoo.estimate import Estimate, estimate
 from zoo.methods import create_model, method_id, presets, signature
@@ -30,7 +32,8 @@ from zoo.module import AnomalyModule
 from zoo.nn.features import weights_at_hand
 from zoo.ranks import launched
 from zoo.resume import Unfinished, WholeFiles, checkpoint_to_resume
-from zoo.run import RunOptions, device_of
+from zoo.run import RunOptions, device_of, plan_training
+from zoo.training import kept, trained, training
 
 LONG = 10  # batches: a longer fit is announced with the time and memory that it will take
 PIXEL_QUANTILE = 0.999
@@ -74,6 +77,7 @@ def fit(
     preset: str | None = None,
     arguments: dict[str, Any] | None = None,
     data_options: dict[str, Any] | None = None,
+    trainer_options: dict[str, Any] | None = None,
     run: RunOptions | None = None,
     resume: bool = False,
     checkpoint_minutes: float = 5.0,
@@ -88,6 +92,7 @@ def fit(
         preset: section values to start from; None takes `paper224` where its weights can be had.
         arguments: of the method's signature, over the preset's.
         data_options: fields of `DataOptions`, over the preset's.
+        trainer_options: fields of `TrainerOptions`, over the preset's; only of methods that learn by gradient.
         resume: go on where an interrupted fit of this name stopped, if there is one; the result is the same.
         checkpoint_minutes: between two checkpoints of a fit under way; 0 writes one after each batch.
         memory_limit: bytes; a fit that needs more, by the estimate, is refused before it starts.
@@ -111,24 +116,34 @@ def fit(
     model = create_model(method, preset, **arguments)
     model.precision = run.precision
     options = DataOptions(**(presets(method, preset).get("data", {}) | (data_options or {})))
+    plan = plan_training(method, preset, trainer_options or {})
     model.view = {"resize": options.resize, "crop": options.crop}
+    by_metric = plan is not None and plan.select not in ("last", "normal")
     module = AnomalyDataModule(
-        _only("train", spec),
+        validation_half(load_data(spec)) if by_metric else _only("train", spec),
         input_size=model.size,
         seed=model.hparams.seed,
         fingerprint=spec.fingerprint,
+        use_defects=model.uses_defects,
         **asdict(options),
     )
     needs = _announce(model, module, run, memory_limit)
-    callbacks, path = [], None
+    callbacks: list[L.Callback] = []
+    limits = {"max_epochs": 1}
+    if plan is not None:
+        limits, callbacks = training(plan, module, run)
+    path = None
     if name is not None:
         unfinished = Unfinished(hub.unfinished_place(name), checkpoint_minutes, run.say)
         path = checkpoint_to_resume(unfinished.path, resume, run)
         callbacks.append(unfinished)
     start = time.perf_counter()
     with _quiet(), _ended(name):
-        trainer = _trainer(run, callbacks, max_epochs=1)
-        trainer.fit(model, datamodule=module, ckpt_path=path, weights_only=True)
+        trainer = _trainer(run, callbacks, **limits)
+        try:
+            trainer.fit(model, datamodule=module, ckpt_path=path, weights_only=True)
+        except NotFinite as error:
+            raise kept(error, model, place and hub.unfinished_place(name).with_name("last-good")) from None
     model.eval()
     seconds = {"fit": round(time.perf_counter() - start, 2)}
     start = time.perf_counter()
@@ -152,6 +167,13 @@ def fit(
         result["resumed"] = True  # the seconds are those since then
     result["configuration"]["model"].pop("backbone_weights", None)  # a path of this machine
     private = {"heldout.csv": checkpoint.csv_text(["image", "score"], heldout)}
+    if plan is not None:
+        result["configuration"]["trainer"] = asdict(plan)
+        result["training"] = trained(trainer, module, seconds["fit"])
+        if by_metric:
+            model.selection = {"metric": plan.select, "fingerprint": spec.fingerprint, "seed": SEED}
+            names = module.test_set.with_format(None)["path"]
+            private["selection.csv"] = checkpoint.csv_text(["image"], [[name] for name in names])
     if module.broken:
         private["broken.csv"] = checkpoint.csv_text(["image", "reason"], module.broken)
     _say_broken(module, run)
@@ -190,7 +212,9 @@ def evaluate(
         missing = "normal" if not spec.counts["test"][0] else "anomalous"
         raise ZooError(f"--data {data} has no {missing} test images; metrics need both classes.")
     options = DataOptions(**(model.view | (data_options or {})))
-    module = AnomalyDataModule(_only("test", spec), input_size=model.size, **asdict(options))
+    half = model.selection is not None and model.selection["fingerprint"] == spec.fingerprint
+    split = reported_half(load_data(spec), model.selection["seed"]) if half else _only("test", spec)
+    module = AnomalyDataModule(split, input_size=model.size, **asdict(options))
     start = time.perf_counter()
     with _quiet():
         trainer = _trainer(run)
@@ -201,7 +225,8 @@ def evaluate(
         "method": model.method,
         "metrics": {key: round(value, 6) for key, value in metrics.items()},
         "test_data": _described(spec)
-        | {"normal": len(model.scored) - anomalous, "anomalous": anomalous, "broken": len(module.broken)},
+        | {"normal": len(model.scored) - anomalous, "anomalous": anomalous, "broken": len(module.broken)}
+        | ({"half": "the half that the selection did not see"} if half else {}),
         "eval_size": [side, side] if (side := options.crop or options.resize) else "native",
         "evaluation": {
             "seconds": round(time.perf_counter() - start, 2),
@@ -275,11 +300,17 @@ def _announce(
     rank, world, _ = launched()
     world = world if world > 1 else run.devices
     images, held = module.num_train_images, len(module.holdout_set) or "none"
+    defects = module.num_defects if model.uses_defects else 0
+    images -= defects
     about = f"Fitting {model.method} on {images} normal image{'s' * (images != 1)} ({held} held out)"
+    if defects:
+        about += f" and {defects} labelled defects"
+    elif module.num_defects and not rank:
+        run.say(f"{model.method} learns from normal images alone: {module.num_defects} labelled defects are left out.")
     long = images >= LONG * module.batch_size
-    if memory_limit and not hasattr(model, "observe"):
+    if memory_limit and model.learns_by_gradient:
         raise ZooError("--memory-limit can't be reckoned for a method that learns by gradient; leave it out.")
-    if rank or not hasattr(model, "observe") or not (long or memory_limit):
+    if rank or model.learns_by_gradient or not (long or memory_limit):
         run.say(f"{about}.")
         return None
     least = model.estimate_memory(math.ceil(images / world), world)  # known without a look at a batch

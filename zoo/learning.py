@@ -4,6 +4,7 @@ What Lightning lacks lives here: modules without gradients on several processes,
 passes that resume in the middle, and randomness that is a function of (seed, epoch, step, process).
 """
 
+import copy
 from typing import Any, ClassVar, NamedTuple
 
 import lightning as L
@@ -27,6 +28,9 @@ class Batch(NamedTuple):
     mask: Tensor | None = None
     roi: Tensor | None = None
 
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*move_data_to_device(tuple(self), device))
+
 
 class LearningModule(L.LightningModule):
     """A LightningModule that may learn from `observe(batch)` for each batch of a pass, and `finish()` at its end.
@@ -37,6 +41,7 @@ class LearningModule(L.LightningModule):
     """
 
     memory_options: ClassVar[str] = ""  # options that lower the memory of a fit, as they end a sentence
+    uses_defects: bool = False  # whether a fit is given labelled defects beside the normal images
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,6 +62,18 @@ class LearningModule(L.LightningModule):
             self._finish_pass()
         # One process may return nothing; Lightning refuses that of several, and then gets a loss of no parameter.
         return None if self.trainer.world_size == 1 else torch.zeros((), device=self.device, requires_grad=True)
+
+    def learned_parameters(self) -> list[torch.nn.Parameter]:
+        """What an optimiser gets: frozen parts are left out."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
+
+    def total_loss(self, **parts: Tensor) -> Tensor:
+        """Sum of the parts of a loss (scalars), which are logged beside it; what a `training_step` returns."""
+        loss = torch.stack(list(parts.values())).sum()
+        if self._trainer is not None:
+            named = {f"loss_{name}": part.detach() for name, part in parts.items()} if len(parts) > 1 else {}
+            self.log_dict({"loss": loss.detach(), **named}, prog_bar=True)
+        return loss
 
     def configure_optimizers(self) -> Any:
         return None
@@ -86,6 +103,21 @@ class LearningModule(L.LightningModule):
     def on_train_start(self) -> None:
         self.num_train_images = len(self.trainer.train_dataloader.dataset)
         self.pass_length = self.trainer.num_training_batches
+        if self.learns_by_gradient:
+            if self.num_train_images < self.trainer.world_size:
+                raise ZooError("There are fewer images than processes; take fewer --devices.")
+            if hasattr(self, "observe") and not all(b.numel() for b in self.buffers(recurse=False)):
+                self._first_pass()
+            self.train()
+
+    def _first_pass(self) -> None:
+        """Gather statistics with the untrained network, before the first step of its training."""
+        self.eval()
+        loader = copy.copy(self.trainer.train_dataloader)  # its own count of what was handed out
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            for batch in loader:
+                self.observe(batch.to(self.device))
+        self._finish_pass()
 
     def on_train_batch_start(self, batch: Batch, index: int) -> None:
         """Whatever a step draws from torch's generators is a function of (seed, epoch, step, process)."""
@@ -96,7 +128,16 @@ class LearningModule(L.LightningModule):
         if self.observed:  # the pass was cut short, by max_steps or a callback
             self._finish_pass()
 
+        self.share_statistics()
+
     on_fit_end = on_train_epoch_end  # resumed where nothing was left to do
+
+    def share_statistics(self) -> None:
+        """Give all processes the first one's BatchNorm statistics; their weights are equal anyway."""
+        if self.learns_by_gradient and ranks.rank_and_world()[1] > 1:
+            for buffer in self.buffers():
+                if buffer.numel():
+                    torch.distributed.broadcast(buffer, 0)
 
     def _finish_pass(self) -> None:
         """Merge what all processes have gathered, learn from it in the first one, and give the result to all."""

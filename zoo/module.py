@@ -67,6 +67,7 @@ class AnomalyModule(LearningModule):
         self.mean, self.std = (0.5,) * self.channels, (0.5,) * self.channels
         self.calibration: Calibration | None = None
         self.preset: str | None = None
+        self.selection: dict[str, Any] | None = None  # metric, data and seed of the half that chose the weights
         self.view: dict[str, int | None] = {"resize": None, "crop": None}  # of the data module, in preset original
         self.metrics = AnomalyMetrics()
         self.scored: list[tuple[str, int, float]] = []  # (name, label, score) of the last validation or test
@@ -200,6 +201,7 @@ class AnomalyModule(LearningModule):
                 **self.view,
             },
             "precision": self.precision,
+            "selection": self.selection,
             "calibration": self.calibration.to_dict() if self.calibration else None,
             "backbone": self.features.source if hasattr(self, "features") else None,
         }
@@ -208,6 +210,7 @@ class AnomalyModule(LearningModule):
         """Take up what `config` gave, after the weights are loaded."""
         self.preset, self.precision = config["preset"], config["precision"]
         self.view = {key: config["preprocessing"][key] for key in ("resize", "crop")}
+        self.selection = config["selection"]
         self.calibration = Calibration(**config["calibration"]) if config["calibration"] else None
         if hasattr(self, "features"):
             self.features.source = config["backbone"]

@@ -49,7 +49,8 @@ class Unfinished(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.saved = time.monotonic()
         if done := trainer.fit_loop.epoch_loop.batch_progress.current.ready:
-            self.say(f"Going on after batch {done} of {trainer.num_training_batches}.")
+            epoch = f" of epoch {trainer.current_epoch + 1}" if trainer.max_epochs != 1 else ""
+            self.say(f"Going on after batch {done} of {trainer.num_training_batches}{epoch}.")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,10 +1,12 @@
-"""Where and how a run computes."""
+"""Where and how a run computes, and how long it trains."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from zoo.cards import METRICS
 from zoo.errors import ZooError
+from zoo.methods import presets
 from zoo.ranks import launched
 
 if TYPE_CHECKING:  # imported on use
@@ -43,3 +45,42 @@ def device_of(name: str) -> "torch.device":
     if name == "cuda" and world > 1:
         name = f"cuda:{rank % local % count}"
     return torch.device(name)
+
+
+@dataclass
+class TrainerOptions:
+    """How long a method that learns by gradient is trained, and which of its steps is kept.
+
+    `max_steps` counts optimiser steps, of `accumulate` batches each, and decides where it is set beside `max_epochs`.
+    `select` is "last", "normal" (lowest mean map of held-out normals) or a metric on the validation half of the test
+    split, which `evaluate` then leaves out.
+    """
+
+    max_epochs: int | None = None
+    max_steps: int | None = None
+    accumulate: int = 1
+    select: str = "last"
+
+
+def plan_training(method: str, preset: str, given: dict[str, Any]) -> TrainerOptions | None:
+    """How a method is to be trained; None for one that learns in a single pass.
+
+    Raises:
+        ZooError: a value of no use, or options of training for a method that has none.
+    """
+    planned = presets(method, preset).get("trainer")
+    given = {key: value for key, value in given.items() if value is not None}
+    if planned is None:
+        if given:
+            option = f"--{min(given).replace('_', '-')}"
+            raise ZooError(f"{method} learns in one pass without training steps; leave {option} out.")
+        return None
+    if given.keys() & {"max_steps", "max_epochs"}:  # what is asked for decides, not what the preset says
+        planned = {key: value for key, value in planned.items() if key not in ("max_steps", "max_epochs")}
+    plan = TrainerOptions(**(planned | given))
+    known = ("last", "normal", *METRICS)
+    if plan.select not in known:
+        raise ZooError(f"--select is one of {', '.join(known)}, not {plan.select}.")
+    if min(plan.accumulate, plan.max_epochs or 1, plan.max_steps if plan.max_steps is not None else 1) < 1:
+        raise ZooError("--max-steps, --max-epochs and --accumulate are at least 1.")
+    return plan

@@ -34,11 +34,13 @@ class AnomalyDataModule(L.LightningDataModule):
         resize: side to which every image and mask is resized first; None keeps their own size.
         crop: side of the central square that is then cut out; None cuts nothing.
         skip_broken: leave out images that can't be read (`broken` lists them) instead of stopping.
+        use_defects: give the fit the labelled defects of the training split too; none of them is held out.
         seed: of the order of training images, the fraction and the held-out normals.
         fingerprint: of the data set; a fit that is resumed must have the same one.
 
     Attributes:
         num_train_images: images that the fit sees.
+        num_defects: labelled defects in the training split, used or not.
         broken: (name, reason) of each image that was left out.
     """
 
@@ -53,6 +55,7 @@ class AnomalyDataModule(L.LightningDataModule):
         resize: int | None = None,
         crop: int | None = None,
         skip_broken: bool = False,
+        use_defects: bool = False,
         seed: int = 0,
         fingerprint: str = "",
     ):
@@ -66,16 +69,19 @@ class AnomalyDataModule(L.LightningDataModule):
         self.resize, self.crop, self.fingerprint = resize, crop, fingerprint
         self.broken: list[tuple[str, str]] = []
         train, self.test_set = data["train"], data["test"]
-        train = train.select(np.flatnonzero(np.array(train.with_format(None)["label"]) == 0))
+        labels = _labels(train)
+        self.num_defects = int(np.count_nonzero(labels))
+        train = train if use_defects else train.select(np.flatnonzero(labels == 0))
         if skip_broken:
             train, self.test_set = self._readable(train), self._readable(self.test_set)
-        generator = np.random.default_rng(seed)
-        order = generator.permutation(len(train))
+        labels = _labels(train)
+        normals, defects = np.flatnonzero(labels == 0), np.flatnonzero(labels)
+        order = normals[np.random.default_rng(seed).permutation(len(normals))]
         order = order[: max(1, round(train_fraction * len(train)))]
         # At least 20 or a tenth is held out, but never more than a half: a fit of few images needs them more.
         held = min(max(HOLDOUT_LEAST, round(HOLDOUT_SHARE * len(order))), len(order) // 2)
         self.holdout_set = train.select(np.sort(order[:held]))
-        self.train_set = train.select(np.sort(order[held:]))
+        self.train_set = train.select(np.sort(np.concatenate([order[held:], defects])))
         self.num_train_images = len(self.train_set)
 
     def train_dataloader(self) -> EpochLoader:
@@ -166,6 +172,10 @@ class _Images(torch.utils.data.Dataset):
         if self.crop is not None:
             image, mask = _center_crop(image, self.crop), None if mask is None else _center_crop(mask, self.crop)
         return Batch(image, [row["path"]], torch.tensor([row["label"]]), mask)
+
+
+def _labels(dataset: Dataset) -> np.ndarray:
+    return np.array(dataset.with_format(None)["label"], dtype=int)
 
 
 def group_by_shape(items: list[Batch]) -> list[Batch]:

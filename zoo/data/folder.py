@@ -40,7 +40,8 @@ class Item(NamedTuple):
 def scan(root: str | os.PathLike) -> dict[str, list[Item]]:
     """List a folder of images and pair defects with their masks.
 
-    - MVTec-style: `train/good`, `test/good`, `test/<kind>`, `ground_truth/<kind>/<stem>[_mask].<ext>`.
+    - MVTec-style: `train/good`, `test/good`, `test/<kind>`, `ground_truth/<kind>/<stem>[_mask].<ext>`; and, for methods
+      that learn from labelled defects too, `train/<kind>` with masks in `train_masks/<kind>` where there are some.
     - Plain: `good`, optional `bad`, optional `masks/<stem>[_mask].<ext>`. With `bad`, a fifth of the normals is tested
       on and not trained on; which ones depends on each file's name only, so adding files moves no other.
     - Flat: images directly in the folder, all of them normal.
@@ -124,35 +125,30 @@ def fingerprint(items: dict[str, list[Item]]) -> str:
 def _scan_mvtec(root: Path) -> dict[str, list[Item]]:
     if _first_image(root, "good"):
         raise ZooError(f"{root} holds images in train and in good, which is ambiguous; move one of them elsewhere")
-    for folder in _folders(root, "train"):
-        if folder != "train/good" and (found := _first_image(root, folder)):
-            kind = folder.removeprefix("train/")
-            raise ZooError(
-                f"{root / found} is in {folder}, but train may hold only good; move it and its neighbours to "
-                f"{root / 'test' / kind} or remove them"
-            )
     _refuse_loose(root, "train", "train/good")
     normals = [_normal(root, name) for name in _images(root, "train/good")]
     if not normals:
         raise ZooError(f"{root / 'train/good'} holds no images; put the normal images there ({_suffixes()})")
 
     _refuse_loose(root, "test", "test/<kind>")
-    tested: list[Item] = []
-    truths = {folder.removeprefix("ground_truth/") for folder in _folders(root, "ground_truth")}
-    for folder in _folders(root, "test"):
-        kind = folder.removeprefix("test/")
-        if kind == "good":
-            tested += [_normal(root, name) for name in _images(root, folder)]
-        else:
-            tested += _defects(root, folder, f"ground_truth/{kind}")
-            truths.discard(kind)
-    for kind in sorted(truths - {"good"}):
-        if found := _first_image(root, f"ground_truth/{kind}"):
+    tested = [_normal(root, name) for name in _images(root, "test/good")]
+    return {
+        "train": normals + _kinds(root, "train", "train_masks"),
+        "test": tested + _kinds(root, "test", "ground_truth"),
+    }
+
+
+def _kinds(root: Path, split: str, truth: str) -> list[Item]:
+    """The defects of a split: each folder but good is a kind."""
+    kinds = [folder.removeprefix(f"{split}/") for folder in _folders(root, split) if folder != f"{split}/good"]
+    for folder in sorted(_folders(root, truth)):
+        kind = folder.removeprefix(f"{truth}/")
+        if kind not in [*kinds, "good"] and (found := _first_image(root, folder)):
             raise ZooError(
-                f"{root / found} is a mask without an image, for {root / 'test' / kind} does not exist; rename its "
+                f"{root / found} is a mask without an image, for {root / split / kind} does not exist; rename its "
                 "folder to the kind of defect it belongs to or remove it"
             )
-    return {"train": normals, "test": tested}
+    return [item for kind in kinds for item in _defects(root, f"{split}/{kind}", f"{truth}/{kind}")]
 
 
 def _scan_plain(root: Path) -> dict[str, list[Item]]:

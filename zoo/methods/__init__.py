@@ -11,8 +11,13 @@ from typing import Any, Literal
 from zoo.errors import ZooError
 
 METHODS = {
+    "cfa": "CFA",
+    "fastflow": "FastFlow",
     "padim": "PaDiM",
     "patchcore": "PatchCore",
+    "rd4ad": "RD4AD",
+    "stfpm": "STFPM",
+    "supersimplenet": "SuperSimpleNet",
 }
 
 

@@ -1,0 +1,286 @@
+"""How methods that learn by gradient are trained: steps, losses, what is not finite, which weights are kept."""
+
+import json
+import math
+import re
+import shutil
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+
+from zoo import checkpoint
+from zoo.callbacks import Finite, KeepBest, Losses, MaxSteps, NotFinite
+from zoo.cli import main
+from zoo.data import load_data
+from zoo.data.datamodule import AnomalyDataModule
+from zoo.data.halves import halves
+from zoo.fit import evaluate, fit
+from zoo.hub import from_pretrained, model_place, unfinished_place
+from zoo.methods import create_model, list_methods, presets
+from zoo.run import RunOptions, plan_training
+
+GRADIENT = [m for m in list_methods() if "trainer" in presets(m, "lite")]
+METHODS = pytest.mark.parametrize("method", GRADIENT)
+DATA = "synthetic:train=60,good=9,defect=14,size=64"
+
+
+def trainer_of(epochs, *callbacks):
+    return L.Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        callbacks=list(callbacks),
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def train(method, max_steps=4, data=DATA, name=None, arguments=None, lines=None, **options):
+    run = RunOptions(say=(lines if lines is not None else []).append, precision=options.pop("precision", "32-true"))
+    return fit(
+        method,
+        data,
+        name,
+        "lite",
+        {"input_size": 64} | (arguments or {}),
+        {"batch_size": 10},
+        {"max_steps": max_steps} | options,
+        run,
+    )
+
+
+@METHODS
+def test_steps_are_counted_said_and_recorded(method):
+    lines = []
+    model, record = train(method, 6, lines=lines)  # 40 images: 4 batches an epoch
+    training = record["training"]
+    assert training["steps"] == 6 and training["epochs"] == 1.5 and training["images_a_step"] == 10
+    assert record["configuration"]["trainer"] == {"max_epochs": None, "max_steps": 6, "accumulate": 1, "select": "last"}
+    assert [entry["step"] for entry in training["losses"]] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(value) for entry in training["losses"] for value in entry.values())
+    parts = [name for name in training["losses"][0] if name.startswith("loss_")]
+    for entry in training["losses"]:
+        assert sum(entry[name] for name in parts) == pytest.approx(entry["loss"], rel=1e-4, abs=1e-5)
+    told = [line for line in lines if line.startswith("Step ")]
+    assert len(told) == 6 and told[2].startswith("Step 3 of 6: loss ") and "steps/s" in told[2] and "left" in told[2]
+    assert all(name.removeprefix("loss_") in told[0] for name in parts)
+
+
+def test_epochs_and_steps_of_preset_and_caller():
+    assert plan_training("stfpm", "paper224", {}).max_epochs == 100
+    asked = plan_training("stfpm", "paper224", {"max_steps": 7})
+    assert (asked.max_steps, asked.max_epochs) == (7, None)
+    asked = plan_training("stfpm", "lite", {"max_epochs": 2, "max_steps": None})
+    assert (asked.max_steps, asked.max_epochs) == (None, 2)
+    _, record = train("stfpm", None, max_epochs=2)
+    assert record["training"]["steps"] == 8 and record["training"]["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        (["padim", "--max-steps", "3"], "padim learns in one pass.*--max-steps"),
+        (["stfpm", "--max-steps", "0"], "at least 1"),
+        (["stfpm", "--select", "best"], "--select is one of last, normal, image_auroc"),
+    ],
+)
+def test_mistakes_get_a_sentence(options, match, capsys):
+    assert main(["fit", *options, "--data", DATA, "--name", "x", "--preset", "lite"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert re.search(match, error)
+
+
+class Poison(L.Callback):
+    """Makes a parameter's gradient, or the input, infinite from a step on."""
+
+    def __init__(self, step, what):
+        self.step, self.what = step, what
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if trainer.global_step == self.step and self.what == "loss":
+            batch.image.fill_(float("nan"))
+
+    def on_after_backward(self, trainer, module):
+        if trainer.global_step == self.step and self.what == "gradient":
+            next(p for p in module.parameters() if p.grad is not None).grad.fill_(float("inf"))
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("method", GRADIENT)
+def test_what_is_not_finite_stops_the_fit_and_the_state_before_it_is_kept(method, what, tmp_path):
+    def go(steps, *callbacks):
+        model = create_model(method, "lite", input_size=64)
+        data = AnomalyDataModule(load_data(DATA), input_size=(64, 64), batch_size=10)
+        options = dict(logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        trainer = L.Trainer(
+            accelerator="cpu", max_epochs=1, callbacks=[MaxSteps(steps), Finite(), *callbacks], **options
+        )
+        try:
+            trainer.fit(model, datamodule=data)
+        except NotFinite as error:
+            return model, str(error)
+        return model, None
+
+    before, none = go(2)
+    after, message = go(4, Poison(2, what))
+    assert none is None and "step 3" in message and "lower --" in message and what in message
+    for (name, a), (_, b) in zip(before.state_dict().items(), after.state_dict().items(), strict=True):
+        if "num_batches_tracked" not in name:
+            assert torch.equal(a, b), name
+
+
+def test_a_fit_that_diverges_leaves_a_model_to_look_at(capsys):
+    """A real one: a learning rate of 1e30."""
+    arguments = ["--preset", "lite", "--input-size", "64", "--lr", "1e30", "--max-steps", "50"]
+    assert main(["fit", "stfpm", "--data", DATA, "--name", "wild", *arguments]) == 2
+    error = capsys.readouterr().err
+    kept = unfinished_place("wild").with_name("last-good")
+    assert str(kept) in error and "lower --lr" in error and error.count("\n") == 1
+    model = from_pretrained(kept)
+    assert all(p.isfinite().all() for p in model.parameters()) and not model_place("wild").exists()
+    model.predict(np.zeros((64, 64), np.uint8))
+
+
+@METHODS
+def test_normals_choose_the_step_that_is_kept(method):
+    """What is kept has the lowest mean map of all that was measured, by an independent mean."""
+    noted = []
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            (keeper,) = [c for c in trainer.callbacks if isinstance(c, KeepBest)]
+            if keeper.last == trainer.global_step:
+                noted.append({k: v.clone() for k, v in module.state_dict().items()})
+
+    model = create_model(method, "lite", input_size=64)
+    data = AnomalyDataModule(load_data(DATA), input_size=(64, 64), batch_size=10)
+    keeper = KeepBest("normal", data.holdout_dataloader, 2, lambda line: None)
+    trainer_of(2, keeper, Note()).fit(model, datamodule=data)
+    values = []
+    for state in noted:
+        other = create_model(method, "lite", input_size=64)
+        other.load_state_dict(state)
+        other.eval()
+        images = [part.image for parts in data.holdout_dataloader() for part in parts]
+        with torch.no_grad():
+            values.append(torch.cat([other(image).map for image in images]).double().mean().item())
+    assert len(values) == 4
+    assert keeper.value == pytest.approx(min(values), rel=1e-5)
+    assert keeper.step == 2 * (1 + int(np.argmin(values)))
+    best = noted[int(np.argmin(values))]
+    assert all(torch.equal(v, best[k]) for k, v in model.state_dict().items())
+
+
+def test_a_metric_chooses_on_one_half_and_the_other_is_reported():
+    model, record = train("stfpm", 6, name="chosen", select="image_auroc")
+    selection = record["training"]["selection"]
+    assert selection["rule"] == "image_auroc" and selection["images"] == 4 + 7
+    private = model_place("chosen") / "private"
+    seen = set((private / "selection.csv").read_text().split()[1:])
+    loaded = from_pretrained("chosen")
+    result = evaluate(loaded, DATA, record)
+    reported = {name for name, _, _ in loaded.scored}
+    assert not seen & reported and len(seen) == 11 and len(seen | reported) == 23
+    assert result["test_data"]["half"] and result["test_data"]["normal"] == 5 and result["test_data"]["anomalous"] == 7
+    # the kept value is that metric on the validation half, by scikit-learn
+    rows = [row for row in load_data(DATA)["test"] if row["path"] in seen]
+    scores = [loaded.predict(row["image"]).score for row in rows]
+    assert selection["value"] == pytest.approx(roc_auc_score([row["label"] for row in rows], scores), abs=1e-6)
+    whole = evaluate(loaded, "synthetic:train=60,good=8,defect=7,size=64")  # other data: all of it
+    assert "half" not in whole["test_data"] and len(loaded.scored) == 15
+    assert checkpoint.read_config(model_place("chosen"))["selection"]["metric"] == "image_auroc"
+
+
+def test_halves_are_stratified_disjoint_and_independent_of_the_order():
+    names = [f"test/{kind}/{i:03d}.png" for kind, n in (("good", 21), ("dent", 8), ("hole", 1)) for i in range(n)]
+    labels = [int("good" not in name) for name in names]
+    validation, reported = halves(labels, names)
+    assert sorted(validation + reported) == list(range(30))
+    count = [sum(f"/{kind}/" in names[i] for i in validation) for kind in ("good", "dent", "hole")]
+    assert count == [10, 4, 0]
+    order = np.random.default_rng(1).permutation(30)
+    again, _ = halves([labels[i] for i in order], [names[i] for i in order])
+    assert {names[order[i]] for i in again} == {names[i] for i in validation}
+    assert halves(labels, names, seed=1)[0] != validation
+
+
+@METHODS
+def test_accumulated_batches_make_one_step(method):
+    _, record = train(method, 2, accumulate=2)
+    assert record["training"]["steps"] == 2 and record["training"]["images_a_step"] == 20
+    assert record["training"]["epochs"] == 1
+
+
+@METHODS
+def test_bf16(method):
+    model, record = train(method, 3, precision="bf16-mixed")
+    assert record["precision"] == "bf16-mixed" and all(p.dtype == torch.float32 for p in model.parameters())
+    assert np.isfinite(model.predict(np.zeros((64, 64), np.uint8)).score)
+
+
+@METHODS
+def test_only_what_is_learned_is_optimised(method):
+    model = create_model(method, "lite", input_size=64)
+    frozen = {id(p) for p in model.features.parameters()}
+    found = model.configure_optimizers()
+    optimizers = found[0] if isinstance(found, tuple) else found["optimizer"] if isinstance(found, dict) else found
+    optimizer = optimizers[0] if isinstance(optimizers, list) else optimizers
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {id(p) for p in held} == {id(p) for p in model.parameters()} - frozen and len(held) == len(
+        set(map(id, held))
+    )
+    assert all(p.requires_grad for p in held)
+
+
+def test_labelled_defects_are_left_out_unless_a_method_uses_them(mvtec, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(mvtec, root)
+    (root / "train/square").mkdir()
+    for i in range(3):
+        Image.fromarray(np.full((96, 96), 200, np.uint8)).save(root / "train/square" / f"{i}.png")
+    lines = []
+    _, record = train("stfpm", 2, str(root), lines=lines)
+    assert record["train_data"]["images"] == 15
+    assert any("3 labelled defects are left out" in line for line in lines)
+    data = load_data(str(root))
+    assert AnomalyDataModule(data).num_train_images == 15 and AnomalyDataModule(data).num_defects == 3
+    module = AnomalyDataModule(data, use_defects=True)
+    (batch,) = module.train_dataloader()
+    assert sorted(batch.label.tolist()) == [0] * 15 + [1] * 3
+    assert all("good" in name for parts in module.holdout_dataloader() for part in parts for name in part.name)
+
+
+def test_an_interrupted_fit_goes_on_with_losses_and_selection(tmp_path):
+    """The record of a resumed fit tells the same losses and choice as that of one that never stopped."""
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 5:
+                trainer.save_checkpoint(tmp_path / "x.ckpt")
+                raise KeyboardInterrupt
+
+    def go(*extra, **options):
+        model = create_model("stfpm", "lite", input_size=64)
+        data = AnomalyDataModule(load_data(DATA), input_size=(64, 64), batch_size=10)
+        losses, keeper = Losses(9, lambda line: None), KeepBest("normal", data.holdout_dataloader, 2, lambda line: None)
+        trainer = trainer_of(3, MaxSteps(9), losses, keeper, *extra)
+        try:
+            trainer.fit(model, datamodule=data, **options)
+        except SystemExit:
+            pass
+        return model, losses.history, (keeper.step, keeper.value)
+
+    model, history, best = go()
+    go(Stop())
+    resumed, again, other = go(ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    assert history == again and best == other and len(history) == 9
+    assert json.dumps(history)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.state_dict().values(), resumed.state_dict().values(), strict=True)
+    )

@@ -1,0 +1,192 @@
+"""What watches a fit by gradient: it ends in time, stays finite, tells its losses and keeps its best weights."""
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from zoo import ranks
+from zoo.errors import ZooError
+from zoo.metrics import AnomalyMetrics
+from zoo.module import AnomalyModule, Batch
+
+PARTS = 10  # reports, and measurements for the selection, in a whole fit
+PATIENCE = 60.0  # seconds after which a slower fit reports
+
+
+class MaxSteps(L.Callback):
+    """Ends a fit after so many optimiser steps, wherever in an epoch; Lightning's own limit can't resume at its end."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        trainer.should_stop = trainer.global_step >= self.steps
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.should_stop or trainer.global_step >= self.steps
+
+
+class NotFinite(ZooError):
+    """A loss or gradient that is not a number; the module holds the state before that step."""
+
+
+class Finite(L.Callback):
+    """Stops a fit at a loss or gradient that is not finite, before the step can spoil what was learned."""
+
+    def __init__(self) -> None:
+        self.statistics: list[tuple[Tensor, Tensor]] = []  # of BatchNorm layers, and as they were before the step
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: AnomalyModule, *_: Any) -> None:
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+        self.statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+
+    def on_before_backward(self, trainer: L.Trainer, module: AnomalyModule, loss: Tensor) -> None:
+        if not trainer.strategy.reduce_boolean_decision(bool(loss.isfinite())):  # one answer for all processes
+            self._stop(trainer, module, f"The loss is {float(loss)}")
+
+    def on_before_optimizer_step(self, trainer: L.Trainer, module: AnomalyModule, optimizer: Any) -> None:
+        if trainer.precision == "16-mixed":  # its scaler looks for itself, and skips such steps
+            return
+        squares = [p.grad.float().square().sum() for p in module.learned_parameters() if p.grad is not None]
+        if not torch.stack(squares).sum().isfinite():
+            self._stop(trainer, module, "The gradient is not finite")
+
+    def _stop(self, trainer: L.Trainer, module: AnomalyModule, what: str) -> None:
+        for buffer, before in self.statistics:
+            buffer.copy_(before)
+        rates = [f"--{name.replace('_', '-')}" for name in module.hparams if name.split("_")[-1] == "lr"]
+        cure = f"lower {' or '.join(rates) or 'the learning rate'}"
+        if trainer.precision != "32-true":
+            cure += ", or fit with --precision 32-true"
+        raise NotFinite(f"{what} at step {trainer.global_step + 1}; {cure}")
+
+
+class Losses(L.Callback):
+    """Tells the mean loss since the last time, its parts and the speed, ten times a fit and each minute.
+
+    Args:
+        steps: optimiser steps of the whole fit.
+        say: told a line.
+
+    Attributes:
+        history: for the record, a tenth of the fit each: {"step": ..., "loss": ..., "loss_<part>": ...}.
+    """
+
+    def __init__(self, steps: int, say: Callable[[str], None]):
+        self.steps, self.say = steps, say
+        self.history: list[dict[str, float]] = []
+
+    def on_train_start(self, trainer: L.Trainer, module: AnomalyModule) -> None:
+        self._start(trainer)
+
+    def _start(self, trainer: L.Trainer) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.batches, self.first, self.begin = 0, trainer.global_step, time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        for name, value in trainer.callback_metrics.items():
+            if name.split("_")[0] == "loss":
+                self.sums[name] = self.sums.get(name, 0) + value
+        self.batches += 1
+        step, seconds = trainer.global_step, time.monotonic() - self.begin
+        tenth = step > self.first and step * PARTS // self.steps > self.first * PARTS // self.steps
+        if not (tenth or seconds > PATIENCE) or not self.sums:
+            return
+        means = {name: float(value) / self.batches for name, value in self.sums.items()}
+        if tenth:
+            self.history.append({"step": step, **{name: float(f"{mean:.6g}") for name, mean in means.items()}})
+        parts = ", ".join(f"{name.removeprefix('loss_')} {mean:.4g}" for name, mean in means.items() if name != "loss")
+        speed = (step - self.first) / seconds
+        left = f", {_duration((self.steps - step) / speed)} left" if step < self.steps and speed else ""
+        loss = f"loss {means['loss']:.4g}" + (f" ({parts})" if parts else "")
+        self.say(f"Step {step} of {self.steps}: {loss}, {speed:.3g} steps/s{left}.")
+        self._start(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"history": self.history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.history = state["history"]
+
+
+class KeepBest(L.Callback):
+    """Keeps the weights of the step that a rule likes best, and gives them to the model when the fit ends.
+
+    Args:
+        rule: "normal": the lowest mean of the map over held-out normal images (the rule of STFPM's original); or the
+            highest of a metric of `AnomalyMetrics` on labelled images.
+        batches: gives these images, each process its share.
+        every: steps between two measurements.
+        say: told a line.
+
+    Attributes:
+        step, value: of the best, so far.
+    """
+
+    def __init__(self, rule: str, batches: Callable[[], Iterable[list[Batch]]], every: int, say: Callable[[str], None]):
+        self.rule, self.batches, self.every, self.say = rule, batches, every, say
+        self.step, self.value, self.last = 0, math.nan, 0
+        self.state: dict[str, Tensor] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: AnomalyModule, *_: Any) -> None:
+        if trainer.global_step >= self.last + self.every:
+            self._measure(trainer, module)
+
+    def on_train_end(self, trainer: L.Trainer, module: AnomalyModule) -> None:
+        if trainer.global_step > self.last:
+            self._measure(trainer, module)
+        module.load_state_dict(self.state, strict=False)
+        self.say(f"Kept step {self.step}: {self._name()} {self.value:.4g}.")
+
+    def _name(self) -> str:
+        return "mean map of held-out normals" if self.rule == "normal" else self.rule
+
+    @torch.no_grad()
+    def _measure(self, trainer: L.Trainer, module: AnomalyModule) -> None:
+        module.eval()
+        module.share_statistics()
+        with trainer.precision_plugin.forward_context():
+            value = (_mean_map if self.rule == "normal" else self._metric)(module, self.batches())
+        module.train()
+        self.last = trainer.global_step
+        if not self.state or (value < self.value if self.rule == "normal" else value > self.value):
+            self.step, self.value = trainer.global_step, value
+            learned = {k: v for k, v in module.state_dict().items() if not k.startswith("features.")}
+            self.state = {name: tensor.to("cpu", copy=True) for name, tensor in learned.items()}
+
+    def _metric(self, module: AnomalyModule, batches: Iterable[list[Batch]]) -> float:
+        metrics = AnomalyMetrics().to(module.device)
+        for part in (part for parts in batches for part in parts):
+            part = part.to(module.device)
+            scores = module(part.image, part.roi)
+            metrics.update(scores.image, scores.map, part.label, part.mask, part.roi)
+        found = metrics.compute()
+        if self.rule not in found:
+            raise ZooError(f"--select {self.rule} can't be measured on this data, only {', '.join(found)}; masks lack.")
+        return found[self.rule]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {key: getattr(self, key) for key in ("step", "value", "last", "state")}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def _mean_map(module: AnomalyModule, batches: Iterable[list[Batch]]) -> float:
+    sums = torch.zeros(2, dtype=torch.float64)  # of the pixels, and their number
+    for part in (part for parts in batches for part in parts):
+        scores = module(part.image.to(module.device))
+        sums += torch.tensor([float(scores.map.double().sum()), scores.map.numel()], dtype=torch.float64)
+    total, count = torch.stack(ranks.gather(sums)).sum(0).tolist()
+    return total / count
+
+
+def _duration(seconds: float) -> str:
+    if seconds > 5400:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.0f} min" if seconds > 90 else f"{seconds:.0f} s"
