@@ -37,9 +37,7 @@ def steps(method):
 @pytest.fixture(scope="module")
 def fitted(mvtec):
     """method -> (model, record), each fitted once."""
-    return {
-        m: fit(m, str(mvtec), preset="lite", arguments=small(m), trainer_options=steps(m)) for m in list_methods()
-    }
+    return {m: fit(m, str(mvtec), preset="lite", arguments=small(m), trainer_options=steps(m)) for m in list_methods()}
 
 
 def images(n, channels=1, height=80, width=112, seed=0):

@@ -9,6 +9,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from bench import learning
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
@@ -284,3 +285,15 @@ def test_an_interrupted_fit_goes_on_with_losses_and_selection(tmp_path):
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), resumed.state_dict().values(), strict=True)
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@METHODS
+def test_trained_beats_untrained(method, seed):
+    """Long form: tests/bench/learning.py, whose record is learning.json."""
+    run = learning.compare(method, seed)
+    for key in ("image_auroc", "pixel_ap"):
+        assert run["trained"][key] >= run["untrained"][key] + 0.05, run
+    for name, (first, last) in run["loss"].items():
+        assert last < first or first == last == 0, (name, run)

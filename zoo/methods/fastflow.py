@@ -37,7 +37,7 @@ PRESETS = {
     "paper224": {"data": {"batch_size": 32}, "trainer": {"max_epochs": 500}},
     "mvtec_steps": {"data": {"batch_size": 32}, "trainer": {"max_steps": 3500}},  # 500 epochs of floor(240 / 32)
     "lite": {
-        "model": {"backbone": "tf_efficientnet_lite0"},
+        "model": {"backbone": "tf_efficientnet_lite0", "learning_rate": 0.002},
         "data": {"batch_size": 8},
         "trainer": {"max_steps": 200},
     },

@@ -1,0 +1,75 @@
+"""What training adds: the same model before and after a fit by gradient, on the synthetic set, three seeds.
+
+    python tests/bench/learning.py --out tests/bench/learning.json
+
+Untrained, a method has its first weights (and CFA its bank, which is made before training). Beside image AUROC and
+pixel average precision stands pixel AUROC, which proves little: an untrained CFA can have a high one already.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from zoo.data import load_data
+from zoo.data.datamodule import AnomalyDataModule
+from zoo.fit import evaluate, fit
+from zoo.methods import create_model, list_methods, presets
+
+SIZE = 128
+DATA = f"synthetic:train=150,good=60,defect=63,size={SIZE}"
+METRICS = ("image_auroc", "pixel_ap", "pixel_auroc", "pixel_aupro")
+METHODS = [method for method in list_methods() if "trainer" in presets(method, "lite")]
+
+
+def untrained(method, data, seed):
+    """A model as it is before its first step."""
+    model = create_model(method, "lite", input_size=SIZE, seed=seed).eval()
+    if hasattr(model, "observe"):
+        module = AnomalyDataModule(load_data(data), input_size=model.size, seed=seed)
+        with torch.no_grad():
+            for batch in module.train_dataloader():
+                model.observe(batch)
+            model.finish()
+    return model
+
+
+def compare(method, seed, max_steps=None):
+    """Metrics before and after a fit with preset lite, and the parts of the loss in its first and last tenth."""
+    data = f"{DATA},seed={seed}"
+    before = evaluate(untrained(method, data, seed), data)["metrics"]
+    arguments = {"input_size": SIZE, "seed": seed}
+    options = {"max_steps": max_steps} if max_steps else None
+    model, record = fit(method, data, preset="lite", arguments=arguments, trainer_options=options)
+    after = evaluate(model, data, record)["metrics"]
+    losses = record["training"]["losses"]
+    return {
+        "method": method,
+        "seed": seed,
+        "steps": record["training"]["steps"],
+        "fit_seconds": record["seconds"]["fit"],
+        "untrained": {key: round(before[key], 4) for key in METRICS},
+        "trained": {key: round(after[key], 4) for key in METRICS},
+        "loss": {key: [losses[0][key], losses[-1][key]] for key in losses[0] if key != "step"},
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, help="record that the runs are added to")
+    options = parser.parse_args()
+    runs = json.loads(options.out.read_text()) if options.out and options.out.exists() else []
+    for method in options.methods:
+        for seed in options.seeds:
+            run = compare(method, seed)
+            print(json.dumps(run), flush=True)
+            runs = [other for other in runs if (other["method"], other["seed"]) != (method, seed)] + [run]
+            if options.out:
+                options.out.write_text(json.dumps(runs, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
