@@ -245,8 +245,8 @@ def test_loss_by_hand(moved, monkeypatch):
     loss = moved.training_step(Batch(batch, ["a", "b", "c"]), 0)
     assert list(parts) == ["stage1", "stage2", "stage3"]
     assert [p.item() for p in parts.values()] == pytest.approx(expected, rel=1e-5)
-    assert float(loss) == pytest.approx(sum(expected), rel=1e-5) and loss.dtype == torch.float32
-    assert float(loss) > 1e3  # a sum over channels and positions, not a mean
+    assert loss.item() == pytest.approx(sum(expected), rel=1e-5) and loss.dtype == torch.float32
+    assert loss.item() > 1e3  # a sum over channels and positions, not a mean
 
 
 def test_score_and_map_by_hand(moved):

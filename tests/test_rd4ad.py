@@ -240,7 +240,7 @@ def test_optimiser_is_the_originals_and_holds_what_is_learned():
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.005, (0.5, 0.999), 0)
     learned = [*model.bottleneck.parameters(), *model.decoder.parameters()]
     assert {id(p) for p in group["params"]} == {id(p) for p in learned} and len(group["params"]) == len(learned)
-    other = RD4AD(backbone="tf_efficientnet_lite0", learning_rate=0.1, beta1=0.8, beta2=0.9).configure_optimizers()
+    other = RD4AD(backbone="tf_efficientnet_lite0", lr=0.1, beta1=0.8, beta2=0.9).configure_optimizers()
     assert (other.defaults["lr"], other.defaults["betas"]) == (0.1, (0.8, 0.9))
 
 
@@ -358,7 +358,7 @@ def test_presets_are_the_originals():
         backbone_weights=None,
         layers=None,
         input_size=224,
-        learning_rate=0.005,
+        lr=0.005,
         beta1=0.5,
         beta2=0.999,
         sigma=4.0,
@@ -369,7 +369,7 @@ def test_presets_are_the_originals():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"learning_rate": 0.0}, "learning-rate"),
+        ({"lr": 0.0}, "lr"),
         ({"sigma": 0.0}, "sigma"),
         ({"beta1": 1.0}, "beta1"),
         ({"beta2": -0.1}, "beta2"),

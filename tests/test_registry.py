@@ -84,6 +84,15 @@ def test_shapes(fitted, method, channels, size):
 
 
 @METHODS
+def test_scores_are_float32_under_mixed_precision(fitted, method):
+    model, _ = fitted[method]
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        scores = model(images(2))
+    assert scores.image.dtype == scores.map.dtype == torch.float32
+    assert scores.map.unique().numel() > 1000  # not rounded to the 256 steps of bfloat16
+
+
+@METHODS
 def test_grey_equals_its_rgb_copy(fitted, method):
     model, _ = fitted[method]
     grey = images(1)

@@ -4,11 +4,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 
 from zoo.data import load_data
+from zoo.data.datamodule import AnomalyDataModule
 from zoo.errors import ZooError
 from zoo.fit import evaluate, fit
+from zoo.methods import create_model
 from zoo.methods.stfpm import PRESETS, STFPM
 from zoo.module import Batch
 from zoo.nn.features import architecture_only
@@ -51,10 +54,22 @@ def squared_distances(teacher, student):
     return found
 
 
+def loss_parts(model, images):
+    """The parts of the loss of a batch, by name, in the model's mode."""
+    model.total_loss = lambda **parts: {name: float(part) for name, part in parts.items()}
+    with torch.no_grad():
+        parts = model.training_step(Batch(images, []), 0)
+    del model.total_loss
+    return parts
+
+
 def test_loss_is_the_sum_over_layers_of_mean_squared_distances(tiny):
     model, teacher, student = tiny
     loss = model.training_step(Batch(torch.rand(2, 1, 32, 32), ["a", "b"]), 0)
-    assert float(loss.detach()) == pytest.approx(sum(d.mean() for d in squared_distances(teacher, student)), rel=1e-5)
+    means = [d.mean() for d in squared_distances(teacher, student)]
+    assert float(loss.detach()) == pytest.approx(sum(means), rel=1e-5)
+    parts = loss_parts(model, torch.rand(2, 1, 32, 32))
+    assert parts == pytest.approx(dict(zip(("layer1", "layer2", "layer3"), means, strict=True)), rel=1e-5)
 
 
 def test_map_is_the_product_over_layers_and_the_score_its_maximum(tiny):
@@ -74,6 +89,42 @@ def test_distances_lie_in_0_to_4(tiny):
     assert all(torch.allclose(d, torch.tensor(4.0), atol=1e-5) for d in model.distances(torch.rand(2, 1, 32, 32)))
     model.student = Fixed([3 * torch.tensor(m) for m in teacher])
     assert all(d.abs().max() < 1e-6 for d in model.distances(torch.rand(2, 1, 32, 32)))
+
+
+def test_features_in_bfloat16_are_compared_in_float32(tiny):
+    """Of two networks that nearly agree: bfloat16 has no digits left for what they differ by."""
+    model, teacher, _ = tiny
+    generator = torch.Generator().manual_seed(1)
+    teacher = [torch.tensor(m).bfloat16() for m in teacher]
+    student = [(m + 0.05 * torch.randn(m.shape, generator=generator)).bfloat16() for m in teacher]
+    model.features, model.student = Fixed(teacher), Fixed(student)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = model.distances(torch.rand(2, 1, 32, 32))
+    expected = squared_distances([m.float().numpy() for m in teacher], [m.float().numpy() for m in student])
+    for d, by_hand in zip(found, expected, strict=True):
+        assert d.dtype == torch.float32
+        np.testing.assert_allclose(d[:, 0].numpy(), by_hand, rtol=1e-3, atol=1e-7)
+
+
+def test_input_need_not_be_square():
+    """Nor of the images' shape; rows stay rows."""
+    model = STFPM(backbone=LITE0, input_size=[64, 128]).eval()
+    images = torch.rand(2, 3, 80, 60, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        assert [tuple(d.shape) for d in model.distances(images)] == [(2, 1, 16, 32), (2, 1, 8, 16), (2, 1, 4, 8)]
+        scores = model(images)
+    assert scores.map.shape == (2, 1, 80, 60) and scores.map.isfinite().all()
+
+
+def test_roi_is_where_the_image_score_looks(tiny):
+    model, *_ = tiny
+    roi = torch.zeros(2, 1, 32, 32, dtype=torch.bool)
+    roi[0, :, 4:9, 20:] = True
+    roi[1, :, 30:, :2] = True
+    with torch.no_grad():
+        scores, whole = model(torch.rand(2, 1, 32, 32), roi), model(torch.rand(2, 1, 32, 32), torch.ones_like(roi))
+    expected = [float(scores.map[0, :, 4:9, 20:].max()), float(scores.map[1, :, 30:, :2].max())]
+    assert scores.image.tolist() == expected and (scores.image < whole.image).all()
 
 
 def test_gradient_is_that_of_the_formula():
@@ -98,11 +149,25 @@ def test_resnet18_has_2_782_784_parameters_to_learn():
     assert {name.split(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"student"}
 
 
+def test_student_starts_as_a_new_network_of_torchvision():
+    """Which the original took: every BatchNorm at 1, where timm lets residual branches start at 0."""
+    with architecture_only():
+        student = STFPM().student.trunk.state_dict()
+    reference = torchvision.models.resnet18(weights=None).state_dict()
+    assert {name.split(".")[0] for name in student} == {"conv1", "bn1", "layer1", "layer2", "layer3"}
+    for name, value in student.items():
+        if value.ndim == 4:  # a convolution: He's normal distribution by its outputs, at least 8192 values
+            assert float(value.std()) == pytest.approx((2 / (len(value) * value[0, 0].numel())) ** 0.5, rel=0.05), name
+        else:
+            assert torch.equal(value, reference[name]), name
+
+
 def test_student_starts_at_random_by_the_seed():
     first, same, other = (STFPM(backbone=LITE0, input_size=32, seed=seed).student.state_dict() for seed in (0, 0, 1))
     teacher = STFPM(backbone=LITE0, input_size=32).features.trunk.state_dict()
     assert first.keys() == {f"trunk.{name}" for name in teacher}
-    weights = [name for name in first if name.endswith("conv_pw.weight")]
+    weights = [name for name, value in first.items() if value.ndim == 4]
+    assert len(weights) == 1 + 2 + 10 * 3  # stem, first block, and the others up to stride 16
     for name in weights:
         assert torch.equal(first[name], same[name]) and not torch.equal(first[name], other[name])
         assert not torch.equal(first[name], teacher[name.removeprefix("trunk.")])
@@ -127,7 +192,8 @@ def test_the_student_learns_and_the_teacher_does_not():
 def test_presets():
     assert PRESETS["original"]["data"]["batch_size"] == PRESETS["paper224"]["data"]["batch_size"] == 32
     assert PRESETS["original"]["trainer"]["max_epochs"] == PRESETS["paper224"]["trainer"]["max_epochs"] == 100
-    assert PRESETS["original"]["model"]["input_size"] == 256 and "crop" not in PRESETS["original"]["data"]
+    assert PRESETS["original"]["model"]["input_size"] == PRESETS["original"]["data"]["resize"] == 256
+    assert "crop" not in PRESETS["original"]["data"] and PRESETS["original"]["trainer"]["select"] == "normal"
     assert PRESETS["mvtec_steps"]["trainer"]["max_steps"] == 100 * 8  # 240 images, batches of 32
 
 
@@ -137,13 +203,13 @@ def test_mistakes_get_a_sentence(wrong):
         STFPM(backbone=LITE0, **wrong)
 
 
-def test_trained_beats_untrained(mvtec):
-    options = dict(preset="lite", arguments={"input_size": 64})
-    figures = []
-    for steps in (1, 40):
-        model, record = fit("stfpm", str(mvtec), trainer_options={"max_steps": steps}, **options)
-        figures.append(evaluate(model, str(mvtec), record)["metrics"])
-    first, last = record["training"]["losses"][0], record["training"]["losses"][-1]
-    assert all(last[part] < 0.8 * first[part] for part in ("loss_layer1", "loss_layer2", "loss_layer3"))
-    assert figures[1]["image_auroc"] > 0.9 and figures[1]["pixel_ap"] > figures[0]["pixel_ap"] + 0.05
-    assert load_data(str(mvtec))["test"].num_rows == 12
+def test_training_teaches_each_layer_and_finds_defects(mvtec):
+    untrained = create_model("stfpm", "lite", input_size=64).eval()
+    options = dict(arguments={"input_size": 64}, trainer_options={"max_steps": 40})
+    trained, _ = fit("stfpm", str(mvtec), preset="lite", **options)
+    held_out = AnomalyDataModule(load_data(str(mvtec)), input_size=(64, 64)).holdout_dataloader()
+    images = next(iter(held_out))[0].image  # normal, and not seen by the fit
+    before, after = loss_parts(untrained, images), loss_parts(trained, images)
+    assert all(after[layer] < 0.5 * before[layer] for layer in ("layer1", "layer2", "layer3")), (before, after)
+    first, last = (evaluate(model, str(mvtec))["metrics"] for model in (untrained, trained))
+    assert last["image_auroc"] > 0.9 and last["pixel_ap"] > first["pixel_ap"] + 0.3

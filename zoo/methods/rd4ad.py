@@ -6,8 +6,9 @@ to restore them on normal images. Where an anomaly did not fit through, restored
 Original code: hq-deng/RD4AD (MIT). Same as there: the loss is 1 - cosine of whole flattened maps (the paper has it by
 position), the map sums the levels' cosine distances by position, enlarged with aligned corners; sigma 4; score = max.
 Deviations: all widths follow from the backbone's channels, which gives the original for wide_resnet50_2; where sizes
-do not halve evenly, maps are cut to the encoder's sizes; the unused layer4 and 1x1 convolution are left out; input is
-224 (preset `original` has 256); the map is brought to the image's own size.
+do not halve evenly, maps are cut to the encoder's sizes, or their edge is repeated; the unused layer4 and 1x1
+convolution are left out; input is 224 (preset `original` has 256); the map is brought to the image's own size; preset
+`lite` doubles the learning rate.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,6 @@ from zoo.errors import ZooError
 from zoo.module import AnomalyModule, Batch, Scores
 from zoo.nn.features import FeatureExtractor
 from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
-from zoo.nn.precision import full_precision
 from zoo.nn.seed import seeded
 
 DEPTHS = (3, 4, 6)  # blocks of each stage of the decoder, from the code up; the bottleneck has the first's
@@ -35,7 +35,7 @@ PRESETS = {
     "paper224": {"data": {"batch_size": 16}, "trainer": {"max_epochs": 200}},
     "mvtec_steps": {"data": {"batch_size": 16}, "trainer": {"max_steps": 3000}},  # 200 epochs of ceil(240 / 16)
     "lite": {
-        "model": {"backbone": "tf_efficientnet_lite0", "learning_rate": 0.01},
+        "model": {"backbone": "tf_efficientnet_lite0", "lr": 0.01},
         "data": {"batch_size": 8},
         "trainer": {"max_steps": 300},
     },
@@ -50,7 +50,7 @@ class RD4AD(AnomalyModule):
         backbone_weights: local safetensors file of its weights; None takes the published ones.
         layers: indices of three feature levels, each of twice the stride of the one before; None takes 4, 8 and 16.
         input_size: images are resized to this size, or [height, width].
-        learning_rate: of Adam, constant.
+        lr: of Adam, constant.
         beta1: decay of Adam's mean of the gradient.
         beta2: decay of Adam's mean of the squared gradient.
         sigma: of the Gaussian that smooths the map, in pixels of the input size.
@@ -66,7 +66,7 @@ class RD4AD(AnomalyModule):
         backbone_weights: str | None = None,
         layers: list[int] | None = None,
         input_size: int | list[int] = 224,
-        learning_rate: float = 0.005,
+        lr: float = 0.005,
         beta1: float = 0.5,
         beta2: float = 0.999,
         sigma: float = 4.0,
@@ -74,8 +74,8 @@ class RD4AD(AnomalyModule):
     ):
         super().__init__(input_size, seed)
         self.save_hyperparameters()
-        if min(learning_rate, sigma) <= 0 or not (0 <= beta1 < 1 and 0 <= beta2 < 1):
-            raise ZooError("--learning-rate and --sigma are above 0, --beta1 and --beta2 lie in [0, 1).")
+        if min(lr, sigma) <= 0 or not (0 <= beta1 < 1 and 0 <= beta2 < 1):
+            raise ZooError("--lr and --sigma are above 0, --beta1 and --beta2 lie in [0, 1).")
         self.features = FeatureExtractor(backbone, (4, 8, 16), layers, backbone_weights)
         self.mean, self.std = self.features.mean, self.features.std
         strides = self.features.strides
@@ -103,14 +103,13 @@ class RD4AD(AnomalyModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         betas = (self.hparams.beta1, self.hparams.beta2)
-        return torch.optim.Adam(self.learned_parameters(), self.hparams.learning_rate, betas)
+        return torch.optim.Adam(self.learned_parameters(), self.hparams.lr, betas)
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
         levels = zip(*self.restore(images), strict=True)
         distances = [1 - F.cosine_similarity(e, d)[:, None] for e, d in levels]  # (B, 1, h_i, w_i)
         maps = sum(F.interpolate(m, self.size, mode="bilinear", align_corners=True) for m in distances)
-        with full_precision(maps):
-            maps = gaussian_blur(maps, self.hparams.sigma)  # (B, 1, *size)
+        maps = gaussian_blur(maps, self.hparams.sigma)  # (B, 1, *size)
         return Scores(masked_to_roi(maps, roi).amax(dim=(1, 2, 3)), resize_map(maps, images.shape[-2:]))
 
 

@@ -6,8 +6,9 @@ images only. Where an image is anomalous the student has never learned to follow
 Original code: gdwang08/STFPM (GPL-3.0; not a line of it was used). Same as there: features of three layers, normalised
 along the channels; loss = sum over layers of the mean squared distance, without the paper's factor 1/2; map = product
 over layers of their squared distances, at the first layer's size; image score = the map's maximum; SGD with rate 0.4.
-Deviations: of the normal images a tenth (at least 20) instead of a fifth is held out, and the step with the lowest mean
-map on them is kept only with `--select normal`; the last batch of an epoch is as large as the others.
+Deviations: input is 224 (preset `original` has 256); the last step is kept. The original's rule, the lowest mean map of
+held-out normals, is in preset `original`: on a tenth (at least 20) of them instead of a fifth, ten times a fit instead
+of each epoch. The batches of an epoch are of equal size, within one image; the map is brought to the image's own size.
 """
 
 from math import prod
@@ -26,7 +27,7 @@ from zoo.nn.seed import seeded
 PRESETS = {
     "original": {
         "model": {"input_size": 256},
-        "data": {"batch_size": 32},
+        "data": {"resize": 256, "batch_size": 32},
         "trainer": {"max_epochs": 100, "select": "normal"},
     },
     "paper224": {"data": {"batch_size": 32}, "trainer": {"max_epochs": 100}},
@@ -108,6 +109,9 @@ class Student(nn.Module):
         self.indices = indices
         self.trunk = timm.create_model(backbone, pretrained=False)
         self.trunk.prune_intermediate_layers(indices, prune_norm=True, prune_head=True)
+        for norm in self.trunk.modules():
+            if isinstance(norm, nn.BatchNorm2d):
+                norm.reset_parameters()  # to 1, also where timm starts residual branches at 0; the original doesn't
 
     def forward(self, images: Tensor) -> list[Tensor]:
         images = images.contiguous(memory_format=torch.channels_last)

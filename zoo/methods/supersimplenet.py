@@ -41,9 +41,15 @@ PRESETS = {
     "paper224": {"data": {"batch_size": 32}, "trainer": {"max_epochs": 300}},
     "mvtec_steps": {"data": {"batch_size": 32}, "trainer": {"max_steps": 2400}},  # 300 epochs of ceil(240 / 32)
     "lite": {
-        "model": {"backbone": "tf_efficientnet_lite0"},
-        "data": {"batch_size": 8},
-        "trainer": {"max_steps": 100},
+        "model": {
+            "backbone": "tf_efficientnet_lite0",
+            "noise_std": 1.5,  # its features are some 10 times those of wide_resnet50_2
+            "adaptor_lr": 5e-4,
+            "segmentation_lr": 1e-3,
+            "classification_lr": 1e-3,
+        },
+        "data": {"batch_size": 4},
+        "trainer": {"max_steps": 60},
     },
 }
 

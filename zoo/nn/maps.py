@@ -4,17 +4,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from zoo.nn.precision import full_precision
+
 
 def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
-    """Smooth maps (B, 1, H, W) as `scipy.ndimage.gaussian_filter` does: truncated at 4 sigma, edge pixels mirrored."""
+    """Smooth maps (B, 1, H, W) as `scipy.ndimage.gaussian_filter` does: truncated at 4 sigma, edge pixels mirrored.
+
+    In float32 under any mixed precision, which would round what convolutions give.
+    """
     radius = int(4 * sigma + 0.5)
     x = torch.arange(-radius, radius + 1, dtype=torch.float64)
     kernel = torch.exp(-0.5 * (x / sigma) ** 2)
+    maps = maps.float()
     kernel = (kernel / kernel.sum()).to(maps)
     rows = _mirror(maps.shape[-2], radius, maps.device)
     columns = _mirror(maps.shape[-1], radius, maps.device)
-    maps = F.conv2d(maps[..., rows, :], kernel.view(1, 1, -1, 1))
-    return F.conv2d(maps[..., columns], kernel.view(1, 1, 1, -1))
+    with full_precision(maps):
+        maps = F.conv2d(maps[..., rows, :], kernel.view(1, 1, -1, 1))
+        return F.conv2d(maps[..., columns], kernel.view(1, 1, 1, -1))
 
 
 def _mirror(size: int, radius: int, device: torch.device) -> Tensor:
