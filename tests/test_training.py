@@ -19,6 +19,7 @@ from zoo.cli import main
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import halves
+from zoo.errors import ZooError
 from zoo.fit import evaluate, fit
 from zoo.hub import from_pretrained, model_place, unfinished_place
 from zoo.methods import create_model, list_methods, presets
@@ -193,15 +194,45 @@ def test_a_metric_chooses_on_one_half_and_the_other_is_reported():
     rows = [row for row in load_data(DATA)["test"] if row["path"] in seen]
     scores = [loaded.predict(row["image"]).score for row in rows]
     assert selection["value"] == pytest.approx(roc_auc_score([row["label"] for row in rows], scores), abs=1e-6)
-    whole = evaluate(loaded, "synthetic:train=60,good=8,defect=7,size=64")  # other data: all of it
+    lines = []
+    other = "synthetic:train=60,good=8,defect=7,size=64"  # all of it, with a warning
+    whole = evaluate(loaded, other, run=RunOptions(say=lines.append))
     assert "half" not in whole["test_data"] and len(loaded.scored) == 15
+    assert whole["test_data"]["seen"] and "too good" in lines[0]
     assert checkpoint.read_config(model_place("chosen"))["selection"]["metric"] == "image_auroc"
+
+
+def test_a_store_and_its_source_have_the_same_halves(mvtec, tmp_path):
+    prepare = ["data", "prepare", str(mvtec), "--size", "64", "--out", str(tmp_path / "store")]
+    assert main(prepare) == 0
+    model, record = train("stfpm", 2, str(tmp_path / "store"), select="pixel_ap")
+    assert evaluate(model, str(mvtec), record)["test_data"]["half"] and len(model.scored) == 6
+
+
+def test_a_resume_needs_the_same_plan(tmp_path):
+    def go(plan, *extra, **options):
+        model = create_model("stfpm", "lite", input_size=64)
+        model.plan = plan
+        data = AnomalyDataModule(load_data(DATA), input_size=(64, 64), batch_size=10)
+        trainer_of(1, *extra).fit(model, datamodule=data, **options)
+
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            trainer.save_checkpoint(tmp_path / "x.ckpt")
+            trainer.should_stop = True
+
+    go({"max_steps": 4}, Save())
+    go({"max_steps": 4}, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    with pytest.raises(ZooError, match="max_steps differs"):
+        go({"max_steps": 5}, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
 
 
 def test_halves_are_stratified_disjoint_and_independent_of_the_order():
     names = [f"test/{kind}/{i:03d}.png" for kind, n in (("good", 21), ("dent", 8), ("hole", 1)) for i in range(n)]
     labels = [int("good" not in name) for name in names]
     validation, reported = halves(labels, names)
+    lots = [f"test/good/lot{i}/a.png" for i in range(6)] + [f"test/kind{i}/a.png" for i in range(4)]
+    assert [int("kind" in lots[i]) for i in halves([int("kind" in n) for n in lots], lots)[0]] == [0, 0, 0, 1, 1]
     assert sorted(validation + reported) == list(range(30))
     count = [sum(f"/{kind}/" in names[i] for i in validation) for kind in ("good", "dent", "hole")]
     assert count == [10, 4, 0]

@@ -46,8 +46,10 @@ class Finite(L.Callback):
         self.statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
 
     def on_before_backward(self, trainer: L.Trainer, module: AnomalyModule, loss: Tensor) -> None:
-        if not trainer.strategy.reduce_boolean_decision(bool(loss.isfinite())):  # one answer for all processes
-            self._stop(trainer, module, f"The loss is {float(loss)}")
+        finite = bool(loss.isfinite())
+        if not trainer.strategy.reduce_boolean_decision(finite):  # one answer for all processes
+            where = " in another process" * finite
+            self._stop(trainer, module, f"The loss is not finite{where}")
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: AnomalyModule, optimizer: Any) -> None:
         if trainer.precision == "16-mixed":  # its scaler looks for itself, and skips such steps
@@ -67,7 +69,7 @@ class Finite(L.Callback):
 
 
 class Losses(L.Callback):
-    """Tells the mean loss since the last time, its parts and the speed, ten times a fit and each minute.
+    """Tells the mean loss of this tenth of the fit, its parts and the speed, ten times a fit and each minute.
 
     Args:
         steps: optimiser steps of the whole fit.
@@ -80,26 +82,27 @@ class Losses(L.Callback):
     def __init__(self, steps: int, say: Callable[[str], None]):
         self.steps, self.say = steps, say
         self.history: list[dict[str, float]] = []
+        self.sums: dict[str, Tensor] = {}  # over the batches of this tenth, so far
+        self.batches, self.tenth = 0, 0
 
     def on_train_start(self, trainer: L.Trainer, module: AnomalyModule) -> None:
         self._start(trainer)
 
     def _start(self, trainer: L.Trainer) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.batches, self.first, self.begin = 0, trainer.global_step, time.monotonic()
+        self.first, self.begin = trainer.global_step, time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        for name, value in trainer.callback_metrics.items():
-            if name.split("_")[0] == "loss":
-                self.sums[name] = self.sums.get(name, 0) + value
+        losses = {k: v.detach().cpu() for k, v in trainer.callback_metrics.items() if k.split("_")[0] == "loss"}
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in losses.items()}
         self.batches += 1
         step, seconds = trainer.global_step, time.monotonic() - self.begin
-        tenth = step > self.first and step * PARTS // self.steps > self.first * PARTS // self.steps
-        if not (tenth or seconds > PATIENCE) or not self.sums:
+        tenth = step * PARTS // self.steps
+        if not (tenth > self.tenth or seconds > PATIENCE) or not self.sums:
             return
         means = {name: float(value) / self.batches for name, value in self.sums.items()}
-        if tenth:
+        if tenth > self.tenth:
             self.history.append({"step": step, **{name: float(f"{mean:.6g}") for name, mean in means.items()}})
+            self.sums, self.batches, self.tenth = {}, 0, tenth
         parts = ", ".join(f"{name.removeprefix('loss_')} {mean:.4g}" for name, mean in means.items() if name != "loss")
         speed = (step - self.first) / seconds
         left = f", {_duration((self.steps - step) / speed)} left" if step < self.steps and speed else ""
@@ -108,10 +111,10 @@ class Losses(L.Callback):
         self._start(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"history": self.history}
+        return {key: getattr(self, key) for key in ("history", "sums", "batches", "tenth")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.history = state["history"]
+        vars(self).update(state)
 
 
 class KeepBest(L.Callback):
@@ -140,6 +143,8 @@ class KeepBest(L.Callback):
     def on_train_end(self, trainer: L.Trainer, module: AnomalyModule) -> None:
         if trainer.global_step > self.last:
             self._measure(trainer, module)
+
+    def on_fit_end(self, trainer: L.Trainer, module: AnomalyModule) -> None:  # also where a resume had nothing left
         module.load_state_dict(self.state, strict=False)
         self.say(f"Kept step {self.step}: {self._name()} {self.value:.4g}.")
 
@@ -167,7 +172,7 @@ class KeepBest(L.Callback):
             metrics.update(scores.image, scores.map, part.label, part.mask, part.roi)
         found = metrics.compute()
         if self.rule not in found:
-            raise ZooError(f"--select {self.rule} can't be measured on this data, only {', '.join(found)}; masks lack.")
+            raise ZooError(f"--select {self.rule} can't be measured on this data, only {', '.join(found)}; add masks.")
         return found[self.rule]
 
     def state_dict(self) -> dict[str, Any]:

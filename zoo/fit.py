@@ -117,10 +117,11 @@ def fit(
     model.precision = run.precision
     options = DataOptions(**(presets(method, preset).get("data", {}) | (data_options or {})))
     plan = plan_training(method, preset, trainer_options or {})
+    model.plan = asdict(plan) if plan else {}
     model.view = {"resize": options.resize, "crop": options.crop}
     by_metric = plan is not None and plan.select not in ("last", "normal")
     module = AnomalyDataModule(
-        validation_half(load_data(spec)) if by_metric else _only("train", spec),
+        validation_half(load_data(spec), plan.select) if by_metric else _only("train", spec),
         input_size=model.size,
         seed=model.hparams.seed,
         fingerprint=spec.fingerprint,
@@ -171,7 +172,7 @@ def fit(
         result["configuration"]["trainer"] = asdict(plan)
         result["training"] = trained(trainer, module, seconds["fit"])
         if by_metric:
-            model.selection = {"metric": plan.select, "fingerprint": spec.fingerprint, "seed": SEED}
+            model.selection = {"metric": plan.select, "fingerprint": spec.origin, "seed": SEED}
             names = module.test_set.with_format(None)["path"]
             private["selection.csv"] = checkpoint.csv_text(["image"], [[name] for name in names])
     if module.broken:
@@ -212,8 +213,15 @@ def evaluate(
         missing = "normal" if not spec.counts["test"][0] else "anomalous"
         raise ZooError(f"--data {data} has no {missing} test images; metrics need both classes.")
     options = DataOptions(**(model.view | (data_options or {})))
-    half = model.selection is not None and model.selection["fingerprint"] == spec.fingerprint
+    half = model.selection is not None and model.selection["fingerprint"] == spec.origin
     split = reported_half(load_data(spec), model.selection["seed"]) if half else _only("test", spec)
+    seen = model.selection is not None and not half
+    if half:
+        run.say(
+            f"{model.selection['metric']} on one half of these test images chose the step; scored is the other half."
+        )
+    elif seen:
+        run.say("The step was chosen on test images of other data; where the two share images, figures are too good.")
     module = AnomalyDataModule(split, input_size=model.size, **asdict(options))
     start = time.perf_counter()
     with _quiet():
@@ -226,7 +234,8 @@ def evaluate(
         "metrics": {key: round(value, 6) for key, value in metrics.items()},
         "test_data": _described(spec)
         | {"normal": len(model.scored) - anomalous, "anomalous": anomalous, "broken": len(module.broken)}
-        | ({"half": "the half that the selection did not see"} if half else {}),
+        | ({"half": "the half that the selection did not see"} if half else {})
+        | ({"seen": "the weights were chosen on other data, which may share images"} if seen else {}),
         "eval_size": [side, side] if (side := options.crop or options.resize) else "native",
         "evaluation": {
             "seconds": round(time.perf_counter() - start, 2),

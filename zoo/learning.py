@@ -47,6 +47,7 @@ class LearningModule(L.LightningModule):
         super().__init__()
         self.num_train_images = 0
         self.observed, self.pass_length = 0, 0  # batches of an unfinished pass, and of a whole one
+        self.plan: dict[str, Any] = {}  # of a training that `fit` runs; a resume must have the same one
         self.precision = "32-true"
 
     @property
@@ -104,8 +105,8 @@ class LearningModule(L.LightningModule):
         self.num_train_images = len(self.trainer.train_dataloader.dataset)
         self.pass_length = self.trainer.num_training_batches
         if self.learns_by_gradient:
-            if self.num_train_images < self.trainer.world_size:
-                raise ZooError("There are fewer images than processes; take fewer --devices.")
+            if self.num_train_images // self.trainer.world_size < self.pass_length:  # a batch would be empty
+                raise ZooError("There are too few images for so many processes; take fewer of them, or larger batches.")
             if hasattr(self, "observe") and not all(b.numel() for b in self.buffers(recurse=False)):
                 self._first_pass()
             self.train()
@@ -130,7 +131,9 @@ class LearningModule(L.LightningModule):
 
         self.share_statistics()
 
-    on_fit_end = on_train_epoch_end  # resumed where nothing was left to do
+    def on_fit_end(self) -> None:
+        if self.observed:  # resumed where nothing was left to do
+            self._finish_pass()
 
     def share_statistics(self) -> None:
         """Give all processes the first one's BatchNorm statistics; their weights are equal anyway."""
@@ -180,6 +183,7 @@ class LearningModule(L.LightningModule):
         others = (ranks.receive(source, self.device) for source in range(1, world) if not rank)
         ckpt["fit_state"] = [state, *(move_data_to_device(other, "cpu") for other in others)]
         ckpt["observed"], ckpt["precision"], ckpt["private"] = self.observed, self.precision, self.private_state()
+        ckpt["plan"] = self.plan
 
     def on_load_checkpoint(self, ckpt: dict[str, Any]) -> None:
         self.load_private_state(ckpt["private"])
@@ -192,8 +196,8 @@ class LearningModule(L.LightningModule):
             raise ZooError("This checkpoint was taken in the middle of a step; resume from the one before it.")
         if progress["is_last_batch"] and self.trainer.max_steps != -1:  # there Lightning 2.6 takes one batch too many
             raise ZooError("This checkpoint ends an epoch, where a fit by max_steps doesn't resume; give max_epochs.")
-        before = ckpt["hyper_parameters"] | {"precision": ckpt["precision"]}
-        now = self.hparams | {"precision": self.precision}
+        before = ckpt["hyper_parameters"] | {"precision": ckpt["precision"]} | ckpt["plan"]
+        now = self.hparams | {"precision": self.precision} | self.plan
         changed = [key for key, value in before.items() if now.get(key) != value]
         if changed:
             raise ZooError(f"This checkpoint belongs to another configuration ({changed[0]} differs); start anew.")

@@ -210,7 +210,7 @@ class AnomalyModule(LearningModule):
         """Take up what `config` gave, after the weights are loaded."""
         self.preset, self.precision = config["preset"], config["precision"]
         self.view = {key: config["preprocessing"][key] for key in ("resize", "crop")}
-        self.selection = config["selection"]
+        self.selection = config.get("selection")  # models of before there was a selection
         self.calibration = Calibration(**config["calibration"]) if config["calibration"] else None
         if hasattr(self, "features"):
             self.features.source = config["backbone"]

@@ -81,6 +81,6 @@ def plan_training(method: str, preset: str, given: dict[str, Any]) -> TrainerOpt
     known = ("last", "normal", *METRICS)
     if plan.select not in known:
         raise ZooError(f"--select is one of {', '.join(known)}, not {plan.select}.")
-    if min(plan.accumulate, plan.max_epochs or 1, plan.max_steps if plan.max_steps is not None else 1) < 1:
+    if min(n for n in (plan.accumulate, plan.max_epochs, plan.max_steps) if n is not None) < 1:
         raise ZooError("--max-steps, --max-epochs and --accumulate are at least 1.")
     return plan

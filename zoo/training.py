@@ -39,8 +39,12 @@ def trained(trainer: L.Trainer, module: AnomalyDataModule, seconds: float) -> di
     best = [callback for callback in trainer.callbacks if isinstance(callback, KeepBest)]
     about = {
         "steps": trainer.global_step,
-        "epochs": round(trainer.global_step * trainer.accumulate_grad_batches / trainer.num_training_batches, 2),
-        "images_a_step": module.batch_size * trainer.accumulate_grad_batches * trainer.world_size,
+        "epochs": round(
+            trainer.global_step / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches), 2
+        ),
+        "images_a_step": min(
+            module.batch_size * trainer.accumulate_grad_batches * trainer.world_size, module.num_train_images
+        ),
         "steps_per_second": round(trainer.global_step / max(seconds, 1e-9), 3),
         "losses": losses.history,
     }

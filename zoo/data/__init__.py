@@ -27,6 +27,7 @@ class DataSpec:
         name: as it may be published: the specification, or a folder's own name without its place.
         fingerprint: SHA-256 over names, labels and sizes (or the options of a generator).
         counts: images by split and label: {"train": [normal, anomalous], "test": [...]}.
+        origin: fingerprint of what a store was prepared from; else the same as `fingerprint`.
     """
 
     name: str
@@ -34,6 +35,11 @@ class DataSpec:
     counts: dict[str, list[int]]
     options: dict[str, Any] | None
     path: Path | None
+    source: str | None = None
+
+    @property
+    def origin(self) -> str:
+        return self.source or self.fingerprint
 
 
 def check_data(spec: str) -> DataSpec:
@@ -54,7 +60,9 @@ def check_data(spec: str) -> DataSpec:
     path = Path(spec).expanduser()
     if (path / store.INDEX).is_file():
         index = store.read_index(path)
-        return DataSpec(index["name"], index["fingerprint"], index["counts"], None, path)
+        return DataSpec(
+            index["name"], index["fingerprint"], index["counts"], None, path, index["source"]["fingerprint"]
+        )
     splits = folder.scan(path)
     counts = {
         split: [sum(item.label == label for item in items) for label in (0, 1)] for split, items in splits.items()

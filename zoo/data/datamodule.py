@@ -76,8 +76,10 @@ class AnomalyDataModule(L.LightningDataModule):
             train, self.test_set = self._readable(train), self._readable(self.test_set)
         labels = _labels(train)
         normals, defects = np.flatnonzero(labels == 0), np.flatnonzero(labels)
+        if use_defects:
+            self.num_defects = len(defects)  # those that can be read
         order = normals[np.random.default_rng(seed).permutation(len(normals))]
-        order = order[: max(1, round(train_fraction * len(train)))]
+        order = order[: max(1, round(train_fraction * len(normals)))]
         # At least 20 or a tenth is held out, but never more than a half: a fit of few images needs them more.
         held = min(max(HOLDOUT_LEAST, round(HOLDOUT_SHARE * len(order))), len(order) // 2)
         self.holdout_set = train.select(np.sort(order[:held]))
@@ -132,6 +134,9 @@ class AnomalyDataModule(L.LightningDataModule):
         if len({item.image.shape for item in items}) > 1:
             items = [_grey_to_colour(item._replace(image=resize(item.image, self.input_size))) for item in items]
             items = [i._replace(mask=None if i.mask is None else resize_mask(i.mask, self.input_size)) for i in items]
+        if any(item.mask is not None for item in items):  # an empty mask: where its defect lies is not known
+            blank = torch.zeros_like(items[0].image[:, :1], dtype=torch.bool)
+            items = [item._replace(mask=blank) if item.mask is None else item for item in items]
         return _stack(items)
 
     def _readable(self, dataset: Dataset) -> Dataset:

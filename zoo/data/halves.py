@@ -1,6 +1,6 @@
 """A test set in two halves: one to select on, one to report on, never the same."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 from datasets import Dataset, DatasetDict
@@ -15,14 +15,16 @@ def halves(labels: list[int], names: list[str], seed: int = SEED) -> tuple[list[
 
     Args:
         labels: 0 normal, 1 anomalous.
-        names: unique; the folder of a name is its kind. Their order does not matter.
+        names: unique, such as "test/scratch/3.png", of kind scratch. Their order does not matter.
 
     Returns:
         Two sorted lists of row numbers; of an odd number in a stratum the reported half has one more.
     """
+    kinds = [name.removeprefix("test/").split("/")[0] for name in names]
+    sizes = Counter(kinds)
     strata = defaultdict(list)
-    for row, (label, name) in enumerate(zip(labels, names, strict=True)):
-        strata[label, name.rpartition("/")[0]].append(row)
+    for row, (label, kind) in enumerate(zip(labels, kinds, strict=True)):
+        strata[label, kind if sizes[kind] > 1 else ""].append(row)  # kinds of one image are pooled
     validation: list[int] = []
     for key in sorted(strata):
         rows = sorted(strata[key], key=lambda row: names[row])
@@ -32,15 +34,19 @@ def halves(labels: list[int], names: list[str], seed: int = SEED) -> tuple[list[
     return sorted(validation), [row for row in range(len(names)) if row not in chosen]
 
 
-def validation_half(data: DatasetDict, seed: int = SEED) -> DatasetDict:
-    """The training split, and the half of the test split that a selection may see.
+def validation_half(data: DatasetDict, metric: str, seed: int = SEED) -> DatasetDict:
+    """The training split, and the half of the test split that a selection by a metric may see.
 
     Raises:
-        ZooError: that half lacks a class.
+        ZooError: that half lacks a class, or masks for a metric of pixels.
     """
     test = data["test"].select(_halves(data["test"], seed)[0])
     if len(set(test.with_format(None)["label"])) < 2:
         raise ZooError("--select METRIC needs two normal and two anomalous test images; take --select normal or last.")
+    plain = test.with_format(None)
+    unmasked = any(mask is None for mask, label in zip(plain["mask"], plain["label"], strict=True) if label)
+    if unmasked and metric.startswith("pixel"):
+        raise ZooError(f"--select {metric} needs masks of all defects; add them, or take --select image_ap.")
     return DatasetDict(train=data["train"], test=test)
 
 

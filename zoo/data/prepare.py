@@ -27,7 +27,7 @@ def prepare_data(
     if spec.path is not None and (spec.path / store.INDEX).is_file():
         raise ZooError(f"{data} is prepared already; use it as --data {data}.")
     source = {"name": spec.name, "fingerprint": spec.fingerprint, "counts": spec.counts}
-    place = Path(out).expanduser() if out else hub.store_place(spec.name, spec.fingerprint, size)
+    place = Path(out).expanduser().absolute() if out else hub.store_place(spec.name, spec.fingerprint, size)
     shape = size[0] if size[0] == size[1] else str(list(size)).replace(" ", "")
     following = f"Next: zoo fit METHOD --data {place} --input-size {shape} --name NAME"
     if (place / store.INDEX).is_file():

@@ -87,7 +87,7 @@ def prepare(
         ZooError: an image that can't be read, named, or a disk that refuses.
     """
     partial = place.with_name(f".{place.name}.partial")
-    about = {"format_version": FORMAT_VERSION, "source": source, "size": list(size), "skip_broken": skip_broken}
+    about = {"format_version": FORMAT_VERSION, "source": source, "size": list(size)}
     try:
         partial.mkdir(parents=True, exist_ok=True)
         if _json(partial / "source.json") != json.loads(dump(about)):
@@ -100,7 +100,7 @@ def prepare(
             rows = data[split]
             parts = [range(first, min(first + BLOCK, len(rows))) for first in range(0, len(rows), BLOCK)]
             stems = [partial / f"{split}-{i:05d}" for i in range(len(parts))]
-            blocks[split] = [_finished(stem) for stem in stems]
+            blocks[split] = [_finished(stem, skip_broken) for stem in stems]
             missing = [i for part, block in zip(parts, blocks[split], strict=True) if block is None for i in part]
             decoded = _decoded(rows.select(missing), size, workers, skip_broken)
             for i, (stem, part) in enumerate(zip(stems, parts, strict=True)):
@@ -114,10 +114,10 @@ def prepare(
         index = {"format_version": FORMAT_VERSION, "name": source["name"], "fingerprint": fingerprint, "counts": counts}
         index |= {"source": source, "size": list(size), "blocks": blocks}
         write_text(partial / INDEX, dump(index))
-        for leftover in [*partial.glob("*.json")]:
+        os.rename(partial, place)
+        for leftover in [*place.glob("*.json")]:  # what an unfinished store needs
             if leftover.name != INDEX:
                 leftover.unlink()
-        os.rename(partial, place)
     except OSError as error:
         raise ZooError(f"{place} could not be written ({error}); what is done is kept for the next run.") from error
     return index
@@ -130,10 +130,12 @@ def _json(path: Path) -> Any:
         return None
 
 
-def _finished(stem: Path) -> dict[str, Any] | None:
-    """What is known of a block that an earlier run has written, if its files are whole."""
+def _finished(stem: Path, skip_broken: bool) -> dict[str, Any] | None:
+    """What is known of a block that an earlier run has written, if its files are whole and it may lack images."""
     block = _json(stem.with_suffix(".json"))
-    whole = block and all(_hash(stem.with_name(name)) == digest for name, digest in block["sha256"].items())
+    if not block or (block["broken"] and not skip_broken):
+        return None
+    whole = all(_hash(stem.with_name(name)) == digest for name, digest in block["sha256"].items())
     return block if whole else None
 
 
@@ -212,7 +214,7 @@ def _decode(rows: datasets.Dataset, chunk: range, size: tuple[int, int], skip_br
             item = _shrink(*read_row(row), size)
         except ZooError as error:
             if not skip_broken:
-                raise
+                raise ZooError(f"{str(error).rstrip('.')}; or leave such images out by --skip-broken.") from error
             item = str(error)
         found.append((row["path"], row["label"], item))
     return found
