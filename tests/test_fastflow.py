@@ -334,7 +334,7 @@ def test_presets():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"flow_steps": 0}, {"hidden_ratio": 0.0}, {"learning_rate": 0.0}, {"weight_decay": -1.0}]
+    "wrong", [{"flow_steps": 0}, {"hidden_ratio": 0.0}, {"lr": 0.0}, {"weight_decay": -1.0}]
 )
 def test_bad_values_are_told(wrong):
     with pytest.raises(ZooError, match=f"--{next(iter(wrong)).replace('_', '-')}"):

@@ -37,7 +37,7 @@ PRESETS = {
     "paper224": {"data": {"batch_size": 32}, "trainer": {"max_epochs": 500}},
     "mvtec_steps": {"data": {"batch_size": 32}, "trainer": {"max_steps": 3500}},  # 500 epochs of floor(240 / 32)
     "lite": {
-        "model": {"backbone": "tf_efficientnet_lite0", "learning_rate": 0.002},
+        "model": {"backbone": "tf_efficientnet_lite0", "lr": 0.002},
         "data": {"batch_size": 8},
         "trainer": {"max_steps": 200},
     },
@@ -54,7 +54,7 @@ class FastFlow(AnomalyModule):
         input_size: images are resized to this size, or [height, width].
         flow_steps: steps of each flow, 3x3 convolutions in the first and then in turn with 1x1.
         hidden_ratio: channels within a step's subnet, in multiples of the half that enters it.
-        learning_rate: of Adam, constant.
+        lr: of Adam, constant.
         weight_decay: of Adam, on all that is learned.
         seed: of the initial weights, the permutations and the order of the images.
     """
@@ -70,7 +70,7 @@ class FastFlow(AnomalyModule):
         input_size: int | list[int] = 224,
         flow_steps: int = 8,
         hidden_ratio: float = 1.0,
-        learning_rate: float = 1e-3,
+        lr: float = 1e-3,
         weight_decay: float = 1e-5,
         seed: int = 0,
     ):
@@ -78,8 +78,8 @@ class FastFlow(AnomalyModule):
         self.save_hyperparameters()
         if flow_steps < 1 or hidden_ratio <= 0:
             raise ZooError("--flow-steps is at least 1, --hidden-ratio above 0.")
-        if learning_rate <= 0 or weight_decay < 0:
-            raise ZooError("--learning-rate is above 0, --weight-decay at least 0.")
+        if lr <= 0 or weight_decay < 0:
+            raise ZooError("--lr is above 0, --weight-decay at least 0.")
         self.features = FeatureExtractor(backbone, (4, 8, 16), layers, backbone_weights)
         self.mean, self.std = self.features.mean, self.features.std
         shapes = [m.shape[1:] for m in self.features(torch.zeros(1, 3, *self.size))]  # (C, h, w) of each layer
@@ -101,8 +101,8 @@ class FastFlow(AnomalyModule):
         self.log("gain", torch.stack([norm.weight.detach().abs().mean() for norm in self.norms]).mean())
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        rate, decay = self.hparams.learning_rate, self.hparams.weight_decay
-        return torch.optim.Adam(self.learned_parameters(), rate, weight_decay=decay)
+        given = self.hparams
+        return torch.optim.Adam(self.learned_parameters(), given.lr, weight_decay=given.weight_decay)
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
         densities = [torch.exp(-0.5 * z.square().mean(1, keepdim=True)) for z, _ in self.transform(images)]
