@@ -333,9 +333,7 @@ def test_presets():
     assert steps["trainer"] == {"max_steps": 500 * (240 // 32)} and "model" not in paper and "model" not in steps
 
 
-@pytest.mark.parametrize(
-    "wrong", [{"flow_steps": 0}, {"hidden_ratio": 0.0}, {"lr": 0.0}, {"weight_decay": -1.0}]
-)
+@pytest.mark.parametrize("wrong", [{"flow_steps": 0}, {"hidden_ratio": 0.0}, {"lr": 0.0}, {"weight_decay": -1.0}])
 def test_bad_values_are_told(wrong):
     with pytest.raises(ZooError, match=f"--{next(iter(wrong)).replace('_', '-')}"):
         create_model("fastflow", "lite", input_size=64, **wrong)
