@@ -103,7 +103,7 @@ class Steps(L.Callback):
 
 
 def steps(method, devices):
-    """Eight steps on 16 images, 8 a step whatever the number of processes."""
+    """Twelve steps on 18 images, 6 a step whatever the number of processes."""
     watch, model = Steps(), build(method)
     run = trainer(devices, watch)
     run.fit_loop.max_epochs = 4
