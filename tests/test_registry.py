@@ -22,7 +22,7 @@ from zoo.module import AnomalyModule, Batch
 
 SIZE = 96
 SMALL = {"patchcore": {"bank_size": 300}, "padim": {"dims": 40}}  # beside preset lite and input_size, to be quick
-STEPS = {"cfa": 60, "fastflow": 40, "rd4ad": 40, "stfpm": 60, "supersimplenet": 60}  # enough to learn stripes
+STEPS = {"cfa": 60, "fastflow": 40, "rd4ad": 70, "stfpm": 60, "supersimplenet": 200}  # enough to learn stripes
 METHODS = pytest.mark.parametrize("method", list_methods())
 
 
