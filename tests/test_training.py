@@ -259,6 +259,7 @@ def test_bf16(method):
 @METHODS
 def test_only_what_is_learned_is_optimised(method):
     model = create_model(method, "lite", input_size=64)
+    model.trainer = trainer_of(1)  # schedules ask it for the planned epochs
     frozen = {id(p) for p in model.features.parameters()}
     found = model.configure_optimizers()
     optimizers = found[0] if isinstance(found, tuple) else found["optimizer"] if isinstance(found, dict) else found
