@@ -11,6 +11,7 @@ from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.errors import ZooError
 from zoo.fit import evaluate, fit
+from zoo.methods import cfa
 from zoo.methods.cfa import CFA, PRESETS
 from zoo.module import Batch
 from zoo.nn.features import architecture_only
@@ -45,30 +46,46 @@ def test_distances_are_those_of_a_loop(model):
 
 
 @pytest.mark.parametrize("radius", [1e-5, 2.0, 30.0])
-def test_losses_and_the_gradient_of_the_radius_by_a_loop(model, radius):
+def test_losses_and_gradients_by_a_loop(model, radius):
     """K = J = 3 on the descriptors of two images; r^2 beside squared distances, divided by nu."""
     with torch.no_grad():
         model.radius.fill_(radius)
         vectors = model.describe(images(2, seed=3)).permute(0, 2, 3, 1).flatten(0, 2).double().numpy()
-    near = np.sort(squares(vectors, model.bank.double().numpy()), 1)
-    pull, push, slope = [], [], 0.0
-    for row in near:
-        pull += [max(d - radius**2, 0) for d in row[:3]]
-        push += [max(radius**2 - d - 0.1, 0) for d in row[3:6]]
-        slope += sum(-2 * radius for d in row[:3] if d > radius**2) + sum(
-            2 * radius for d in row[3:6] if radius**2 - d > 0.1
-        )
-    parts = {}
+    bank = model.bank.double().numpy()
+    pull, push, slope, slopes = [], [], 0.0, np.zeros_like(vectors)
+    for i, row in enumerate(squares(vectors, bank)):
+        order = np.argsort(row)
+        for c in order[:3]:
+            pull.append(max(row[c] - radius**2, 0))
+            slope -= 2 * radius * (pull[-1] > 0)
+            slopes[i] += 2 * (vectors[i] - bank[c]) * (pull[-1] > 0)
+        for c in order[3:6]:
+            push.append(max(radius**2 - row[c] - 0.1, 0))
+            slope += 2 * radius * (push[-1] > 0)
+            slopes[i] -= 2 * (vectors[i] - bank[c]) * (push[-1] > 0)
+    parts, seen = {}, []
     model.total_loss = lambda **given: parts.update(given) or sum(given.values())
+    model.descriptor.register_forward_hook(lambda module, args, out: out.retain_grad() or seen.append(out))
     model.training_step(Batch(images(2, seed=3), ["a", "b"]), 0).backward()
-    assert float(parts["attraction"].detach()) == pytest.approx(np.mean(pull) / 1e-3, rel=1e-4, abs=1e-3)
-    assert float(parts["repulsion"].detach()) == pytest.approx(np.mean(push) / 1e-3, rel=1e-4, abs=1e-3)
-    assert float(model.radius.grad) == pytest.approx(slope / len(pull) / 1e-3, rel=1e-3, abs=1e-6)
+    scale = 1 / 1e-3 / len(pull)
+    assert float(parts["attraction"].detach()) == pytest.approx(sum(pull) * scale, rel=1e-4, abs=1e-3)
+    assert float(parts["repulsion"].detach()) == pytest.approx(sum(push) * scale, rel=1e-4, abs=1e-3)
+    assert float(model.radius.grad) == pytest.approx(slope * scale, rel=1e-3, abs=1e-6)
+    found = seen[0].grad.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, D)
+    np.testing.assert_allclose(found, slopes * scale, rtol=1e-3, atol=1e-4 * np.abs(slopes * scale).max())
     assert model.bank.grad is None and not model.bank.requires_grad
 
 
+def test_distances_stay_in_float32_under_autocast(model):
+    vectors = torch.randn(6, model.bank.shape[1], generator=torch.Generator().manual_seed(1))
+    expected = model.nearest(vectors, 3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.nearest(vectors, 3), expected)
+
+
 @torch.no_grad()
-def test_scores_by_a_loop_and_the_map_by_scipy(model):
+def test_scores_by_a_loop_and_the_map_by_scipy(model, monkeypatch):
+    monkeypatch.setattr(cfa, "ROWS", 100)  # an image has 256 positions
     batch = images(2, seed=5)
     maps = model.describe(batch)
     grid = []
@@ -123,6 +140,36 @@ def test_wide_resnet_has_3_2_million_parameters_to_learn():
         model = CFA()
     assert sum(p.numel() for p in model.learned_parameters()) == 1794 * 1792 + 1792 + 1
     assert model.bank.shape == (0, 1792)
+
+
+def test_narrower_descriptor():
+    model = CFA(backbone=LITE0, input_size=64, gamma_d=4)
+    assert sum(p.numel() for p in model.learned_parameters()) == 178 * 44 + 44 + 1
+    assert model.describe(images(1)).shape == (1, 44, 16, 16) and model.bank.shape == (0, 44)
+
+
+def test_bank_of_too_few_positions():
+    model = CFA(backbone=LITE0, input_size=32, layers=[4])  # stride 32: one position
+    with pytest.raises(ZooError, match="want 6 bank vectors; this input size gives 1"):
+        model.observe(Batch(images(1, 32), ["a"]))
+
+
+def test_both_parts_of_the_loss_fall(model):
+    """On one batch, from a radius that makes both of them positive."""
+    batch, parts = Batch(images(4), list("abcd")), {}
+    model.total_loss = lambda **given: parts.update(given) or sum(given.values())
+    with torch.no_grad():
+        vectors = model.describe(batch.image).permute(0, 2, 3, 1).flatten(0, 2)
+        model.radius.copy_(model.nearest(vectors, 6)[:, 2].median().sqrt())
+        model.training_step(batch, 0)
+    before, optimizer = {name: float(part) for name, part in parts.items()}, model.configure_optimizers()
+    for _ in range(20):
+        optimizer.zero_grad()
+        model.training_step(batch, 0).backward()
+        optimizer.step()
+    print(before, {name: float(part.detach()) for name, part in parts.items()})
+    assert before.keys() == {"attraction", "repulsion"} and min(before.values()) > 1
+    assert all(float(parts[name].detach()) < 0.8 * before[name] for name in parts)
 
 
 def test_optimiser_holds_the_descriptor_and_the_radius(model):

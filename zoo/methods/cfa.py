@@ -1,14 +1,15 @@
-"""CFA: Coupled-hypersphere-based Feature Adaptation for target-oriented anomaly localization (Lee et al., 2206.04325).
+"""CFA: Coupled-hypersphere-based Feature Adaptation (Lee et al., IEEE Access 2022, arXiv 2206.04325).
 
 Idea: a 1x1 convolution adapts ImageNet features so that those of normal images crowd within spheres around the vectors
 of a small memory bank and away from the spheres of other ones. What lies far from all of the bank is anomalous.
-(IEEE Access 2022, arXiv 2206.04325.)
 
 Original code: sungwool/CFA_for_anomaly_localization (no licence; not a line of it was used). Same as there: the bank is
 the mean over normal images of what the untrained descriptor gives at each position, built once and never refreshed;
 the radius is learned, with weight decay; K = J = 3; a score is the distance weighted by the softmin over three.
-Deviations: the mean is exact over all images, where the original averages means of batches; squared distances are
-clamped at 0 before the root, where the original may give NaN; no compression of the bank by k-means (its gamma_c > 1).
+Deviations: the mean is exact over all images, where the original averages means of batches; an epoch's last batch is
+not dropped, but as large as the others can be; squared distances are clamped at 0 before the root, where the original
+may give NaN; its unused second convolution and compression of the bank by k-means (gamma_c > 1) are left out; input is
+224 without the crop (preset `original` has it).
 """
 
 from typing import Any
@@ -23,6 +24,8 @@ from zoo.nn.features import FeatureExtractor
 from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
 from zoo.nn.precision import full_precision
 from zoo.nn.seed import seeded
+
+ROWS = 2048  # patches whose distances to the whole bank are held at once, in scoring
 
 PRESETS = {
     "original": {
@@ -110,6 +113,9 @@ class CFA(AnomalyModule):
 
     def observe(self, batch: Batch) -> None:
         maps = self.describe(batch.image)
+        positions, wanted = maps[0, 0].numel(), self.hparams.attracted + self.hparams.repelled
+        if positions < wanted:
+            raise ZooError(f"--attracted and --repelled want {wanted} bank vectors; this input size gives {positions}.")
         self.total = self.total + maps.double().sum(0).flatten(1).T  # (P, D)
         self.count += len(maps)
 
@@ -159,7 +165,8 @@ class CFA(AnomalyModule):
         maps = self.describe(images)
         b, _, h, w = maps.shape
         patches = maps.flatten(2).mT  # (B, P, D)
-        distance = torch.stack([self.nearest(p, self.hparams.attracted) for p in patches]).sqrt()  # (B, P, K), by image
-        scores = distance[..., 0] * F.softmin(distance, dim=2)[..., 0]  # (B, P)
+        parts = [part for image in patches for part in image.split(ROWS)]  # never across images
+        distance = torch.cat([self.nearest(part, self.hparams.attracted) for part in parts]).sqrt()  # (B P, K)
+        scores = distance[:, 0] * F.softmin(distance, dim=1)[:, 0]  # (B P,)
         scores = gaussian_blur(resize_map(scores.view(b, 1, h, w), self.size), self.hparams.sigma)  # (B, 1, *size)
         return Scores(masked_to_roi(scores, roi).amax(dim=(1, 2, 3)), resize_map(scores, images.shape[-2:]))
