@@ -1,7 +1,7 @@
-"""The routing of a metal layer for the synthetic generator: which bars and vias lie where, in pixels; its geometry.
+"""The routing of a metal layer for the synthetic generator: which bars and vias lie where, in pixels.
 
 Nets live on an uneven grid of nodes, tracks by columns; a node belongs to one net at most, so that nets never touch.
-Vias lie at more than half of the ends of lines, and some in between; other ends have theirs in the layer below.
+Each end of a line inside of the image carries a via, as a line that ends without one would connect nothing.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-
-Window = tuple[slice, slice]
 
 
 @dataclass(frozen=True)
@@ -23,8 +21,7 @@ class Bar:
         centre, half: its middle and half its width across, pixels.
         radius: of its corners, pixels.
         level: brightness of its metal, around 1.
-        joint: None if it touches no other; else it meets bars drawn before, and their inner corners are filled as
-            lithography does: at its side -1 or 1 across, or all around (0).
+        joint: whether it meets bars drawn before, with corners that lithography fills.
     """
 
     axis: int
@@ -34,7 +31,7 @@ class Bar:
     half: float
     radius: float
     level: float
-    joint: int | None
+    joint: bool
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,6 @@ class Rules:
         hollow: share of the image kept free of lines.
         via: radius of a via over half the width of a line.
         uneven: how far widths and distances of tracks differ, 0 to 1.
-        combs: fingers joined by a spine that are tried.
     """
 
     pitch: float
@@ -76,26 +72,22 @@ class Rules:
     hollow: float
     via: float
     uneven: float
-    combs: int = 0
 
 
 def route(rng: np.random.Generator, size: int, axis: int, rules: Rules) -> tuple[list[Bar], list[Via]]:
     """A layer of size x size pixels whose lines run mostly along `axis`; it has a free via and two lines in sight."""
     router = _Router(rng, size, axis, rules)
     router.pair()
-    router.bare = rng.uniform(0.2, 0.65)
     for _ in range(rules.power):
         router.power()
     if rules.hollow:
         router.hollow()
     for _ in range(rules.dumbbells):
         router.dumbbell()
-    for _ in range(rules.combs):
-        router.comb()
     for _ in range(rules.bends):
         router.bend()
     router.fill()
-    return sorted(router.bars, key=lambda bar: bar.joint is not None), router.vias
+    return sorted(router.bars, key=lambda bar: bar.joint), router.vias
 
 
 def _ticks(rng: np.random.Generator, size: int, step: float, low: float, high: float) -> np.ndarray:
@@ -114,8 +106,6 @@ class _Router:
         self.tracks = _ticks(rng, size, rules.pitch, 1 - 0.08 * rules.uneven, 1 + 0.3 * rules.uneven)  # (K,)
         self.columns = _ticks(rng, size, rules.pitch, 1.15, 1.75)  # (J,)
         self.used = np.zeros((len(self.tracks), len(self.columns)), bool)
-        self.bare = 0.0  # share of the ends without a via
-        self.round = rng.uniform(0.8, 1.0)  # radius of an end over half the width
         self.bars: list[Bar] = []
         self.vias: list[Via] = []
 
@@ -125,32 +115,30 @@ class _Router:
         """Half width and level of a new net."""
         width = self.rng.choice([1.0, 1.0, 1.0, 0.88, 1.12]) if self.rules.uneven > 0.5 else 1.0
         width = min(width, 0.7 / self.rules.fill)  # lines stay apart
-        return self.half * width * self.rng.uniform(0.97, 1.03), self.rng.normal(1, 0.03)
+        return self.half * width * self.rng.uniform(0.97, 1.03), self.rng.normal(1, 0.02)
 
     def _via(self, along: float, across: float, main: bool, half: float, end: bool) -> None:
         y, x = (along, across) if (self.axis == 0) == main else (across, along)
-        y, x = (y, x) + self.rng.uniform(-0.14, 0.14, 2) * self.half  # layers do not lie exactly on each other
-        radius = self.rules.via * min(half, 1.3 * self.half) * np.clip(self.rng.normal(1, 0.07), 0.8, 1.2)
-        self.vias.append(Via(float(y), float(x), radius, self.rng.uniform(0.8, 1.1), end))
+        radius = self.rules.via * min(half, 1.3 * self.half) * self.rng.normal(1, 0.04)
+        self.vias.append(Via(y, x, radius, self.rng.uniform(0.8, 1.1), end))
 
-    def _bar(self, main: bool, centre, start, stop, net, ends=(True, True), joint=None) -> None:
-        """A bar from node to node, along the main direction or across it; `ends` says which are free."""
+    def _bar(self, main: bool, centre, start, stop, net, ends=(True, True), radius=0.95) -> None:
+        """A bar from node to node, along the main direction or across it; `ends` says which get a via."""
         half, level = net
         tails = []
         slack = min(0.35 * (stop - start) / self.rules.pitch, 0.7) * self.rules.uneven  # ends of tracks do not line up
         for end, sign, place in zip(ends, (-1, 1), (start, stop), strict=True):
             place -= sign * self.rng.uniform(-0.1, max(slack, 0.1)) * self.rules.pitch * end
-            if end and self.rng.random() >= self.bare:
+            if end:
                 self._via(place, centre, main, half, True)
             tails.append(place + sign * half * (self.rng.uniform(1.0, 1.25) if end else 1.0))
         axis = self.axis if main else 1 - self.axis
-        radius = half * (self.round if any(ends) else 0.95)
-        self.bars.append(Bar(axis, tails[0], tails[1], centre, half, radius, level, joint))
+        self.bars.append(Bar(axis, tails[0], tails[1], centre, half, radius * half, level, not main))
 
     def _run(self, k: int, first: int, last: int, net, ends=(True, True)) -> None:
         self.used[k, first : last + 1] = True
         self._bar(True, self.tracks[k], self.columns[first], self.columns[last], net, ends)
-        if last - first > 2 and self.rng.random() < 0.1:
+        if last - first > 2 and self.rng.random() < 0.15:
             j = self.rng.integers(first + 1, last)
             self._via(self.columns[j], self.tracks[k], True, net[0], False)
 
@@ -205,11 +193,13 @@ class _Router:
         half, level = self._style()
         room = min(self.tracks[k] - self.tracks[k - 1], self.tracks[k + 1] - self.tracks[k])
         pad = room * self.rng.uniform(0.76, 0.9)
-        round_ = 0.5 if self.rules.uneven < 0.4 else 0.9 * self.round
-        self._run(k, j, j + length, (half * self.rng.uniform(0.8, 0.95), level), (False, False))
+        round_ = 0.5 if self.rules.uneven < 0.4 else 0.9
+        self._run(k, j, j + length, (half * self.rng.uniform(0.7, 0.9), level), (False, False))
         for column in (self.columns[j], self.columns[j + length]):
             long = pad * self.rng.uniform(0.75, 0.95)
-            bar = Bar(self.axis, column - long, column + long, self.tracks[k], pad, round_ * min(pad, long), level, 0)
+            bar = Bar(
+                self.axis, column - long, column + long, self.tracks[k], pad, round_ * min(pad, long), level, True
+            )
             self.bars.append(bar)
             self._via(column, self.tracks[k], True, 1.3 * self.half, True)
 
@@ -227,28 +217,7 @@ class _Router:
         net = self._style()
         self.used[low : high + 1, j] = True
         self._run(k, min(j, end), max(j, end), net, (side < 0, side > 0))
-        self._bar(False, self.columns[j], self.tracks[low], self.tracks[high], net, (k == high, k == low), side)
-
-    def comb(self) -> None:
-        """Fingers on every second track, joined by a spine at one end; lines lie between them."""
-        rng, columns = self.rng, len(self.columns)
-        span, length, side = 2 * int(rng.integers(1, 4)), int(rng.integers(2, 6)), int(rng.choice([-1, 1]))
-        if len(self.tracks) <= span or columns <= length:
-            return
-        k, low = int(rng.integers(0, len(self.tracks) - span)), int(rng.integers(0, columns - length))
-        high = low + length
-        spine, inner = (low, (low + 1, high)) if side > 0 else (high, (low, high - 1))
-        if self.used[k : k + span + 1, low : high + 1].any():
-            return
-        net = self._style()
-        for track in range(k, k + span + 1):
-            if (track - k) % 2 == 0:
-                self._run(track, low, high, net, (side < 0, side > 0))
-            elif length > 2:
-                self._run(track, *inner, self._style())
-        self.used[k : k + span + 1, spine] = True
-        ends = self.tracks[k], self.tracks[k + span]
-        self._bar(False, self.columns[spine], *ends, net, (False, False), side)
+        self._bar(False, self.columns[j], self.tracks[low], self.tracks[high], net, (k == high, k == low))
 
     def fill(self) -> None:
         """Lines along all tracks, wherever nodes are free."""
@@ -267,32 +236,3 @@ class _Router:
                     continue
                 self._run(k, j, last, self._style())
                 j = last + 1
-
-
-def join(first: np.ndarray, second: np.ndarray, corner: float, out: np.ndarray | None = None) -> np.ndarray:
-    """Union of two signed distances whose inner corners are rounded with this radius."""
-    least, corner = np.minimum(first, second), np.float32(corner)
-    round_ = corner - np.hypot(np.maximum(corner - first, 0), np.maximum(corner - second, 0))
-    return np.minimum(least, np.where(least < corner, round_, least), out=out)
-
-
-def on_axis(axis: int, along, across):
-    """(y, x) of what is given along and across a line, and back."""
-    return (along, across) if axis == 0 else (across, along)
-
-
-def around(y: float, x: float, reach: float, size: int) -> Window:
-    """The part of the image within `reach` of a point; at least one pixel."""
-    starts = [min(max(int(centre - reach), 0), size - 1) for centre in (y, x)]
-    stops = [min(max(int(centre + reach) + 2, 1), size) for centre in (y, x)]
-    return tuple(slice(start, max(stop, start + 1)) for start, stop in zip(starts, stops, strict=True))
-
-
-def offsets(window: Window, y: float, x: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (H, 1) and columns (1, W) of a window, from a point."""
-    rows, columns = (np.arange(side.start, side.stop, dtype=np.float32) for side in window)
-    return rows[:, None] - np.float32(y), columns[None] - np.float32(x)
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 + 0.5 * np.tanh(0.5 * x)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import binary_closing, binary_fill_holes, gaussian_filter
+from scipy.ndimage import binary_closing, binary_fill_holes
 
 from zoo.data.defects import DEFECTS
 from zoo.data.scene import LOOKS, NOMINAL, Scene
@@ -39,7 +39,7 @@ FIELD = {"metal": 2000, "fine": 1000}  # nm from side to side of images of 128 p
 
 _CHOICES = {"style": STYLES, "bits": (8, 16), "bar": (0, 1)}
 _TEST_START = 1 << 32  # test indices begin here, train indices at 0
-_CONSEQUENCE = 4.0  # grey levels: smaller changes drown in the shot noise (3 to 8), fade out and leave the mask
+_CONSEQUENCE = 5.0  # grey levels: smaller changes drown in the shot noise (3 to 8) and stay out of the mask
 
 
 def render(
@@ -83,8 +83,10 @@ def render(
     mask = np.zeros((size, size), bool)
     if kind is not None:
         window, changed = DEFECTS[kind](scene, clean)
-        change, found = _consequence(changed - clean[window], scene.scale)
-        clean[window] += change
+        change = np.abs(changed - clean[window])
+        found = change > min(_CONSEQUENCE, change.max() / 2)  # never empty
+        found = binary_fill_holes(found | binary_closing(found))
+        clean[window] = changed
         image[window] = np.where(found, scene.expose(clean, bits, window), image[window])
         mask[window] = found
     if bar:
@@ -92,16 +94,6 @@ def render(
         image[-height:] = _info_bar(size, height, FIELD[style] / (NOMINAL * scene.scale), scene.look.noise, bits)
         mask[-height:] = False
     return image, mask
-
-
-def _consequence(change: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """A change (H, W) that fades out where it is faint, and where it is seen: without slits, holes and whiskers."""
-    size = gaussian_filter(np.abs(change), scale)
-    least = min(_CONSEQUENCE, size.max() / 3)  # so that something is seen
-    found = size > least
-    found = binary_fill_holes(found | binary_closing(found, iterations=max(round(4 * scale), 1)))
-    change = change * np.clip(2 * size / least - 1, 0, 1)
-    return np.copysign(np.maximum(np.abs(change), found), change), found  # by one level at least
 
 
 def load_synthetic(
