@@ -310,6 +310,21 @@ def test_bfloat16_changes_the_subnets_alone(moved):
     assert float(loss) == pytest.approx(float(moved.training_step(Batch(batch, ["a", "b"]), 0)), rel=5e-3)
 
 
+def test_log_determinant_is_summed_in_float32_under_bfloat16(moved):
+    """From what the subnets put out, in bfloat16, on: sums of bfloat16 would be off by some thousandths."""
+    flow, x = moved.flows[0], torch.randn(2, 24, 16, 24, generator=torch.Generator().manual_seed(1))
+    outputs = []
+    hooks = [step.subnet.register_forward_hook(lambda *given: outputs.append(given[-1])) for step in flow.steps]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        log_det = flow(x)[1]
+    for hook in hooks:
+        hook.remove()
+    assert len(outputs) == 8 and {out.dtype for out in outputs} == {torch.bfloat16}
+    expected = sum(2 * torch.tanh(0.1 * out.double()[:, :12]).sum((1, 2, 3)) for out in outputs)
+    expected += sum(16 * 24 * step.scale().double().log().sum() for step in flow.steps)
+    torch.testing.assert_close(log_det.double(), expected, rtol=1e-5, atol=1e-3)
+
+
 # ---- learning ----------------------------------------------------------------------------------------------------
 
 
