@@ -305,3 +305,17 @@ def test_who_this_process_is(environment, expected, monkeypatch):
 def test_lists_come_back_in_the_order_of_the_data_set(monkeypatch):
     monkeypatch.setattr(ranks, "gather", lambda items: [[0, 3, 6], [1, 4], [2, 5]])
     assert ranks.gather_list([]) == list(range(7))
+
+
+def test_a_process_leaves_its_group_when_it_ends():
+    """Gloo aborts, now and then, a process that ends without leaving; also where Lightning joined."""
+    script = """
+import atexit
+import torch.distributed as dist
+atexit.register(lambda: print("still joined" if dist.is_initialized() else "left"))  # the first one runs last
+import zoo.ranks
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+assert zoo.ranks.rank_and_world() == (0, 1) and dist.is_initialized()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "left"), done.stderr

@@ -1,6 +1,8 @@
 """Several processes of one run: who this one is, and how they hand each other what they have gathered."""
 
+import atexit
 import os
+import sys
 from datetime import timedelta
 from itertools import chain, zip_longest
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -48,6 +50,14 @@ def connect() -> tuple[int, int]:
             os.environ |= {"MASTER_ADDR": cluster.main_address, "MASTER_PORT": str(cluster.main_port)}
         dist.init_process_group("gloo", rank=rank, world_size=world, timeout=PATIENCE)
     return rank_and_world()
+
+
+@atexit.register
+def leave() -> None:
+    """Leave the processes that were joined, whoever joined them: gloo aborts a process that ends without it."""
+    dist = sys.modules.get("torch.distributed")  # never imported here: nothing was joined then
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank_and_world() -> tuple[int, int]:
