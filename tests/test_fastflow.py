@@ -232,11 +232,15 @@ def moved():
     return model
 
 
-def test_loss_by_hand(moved, monkeypatch):
+@pytest.mark.parametrize("norm_log_det", [False, True])
+def test_loss_by_hand(moved, monkeypatch, norm_log_det):
+    monkeypatch.setitem(moved.hparams, "norm_log_det", norm_log_det)
     batch = images(3)
     expected = []
-    for z, log_det in z_by_hand(moved, batch):
+    for (z, log_det), norm in zip(z_by_hand(moved, batch), moved.norms, strict=True):
         z, log_det = z.detach().double().numpy(), log_det.detach().numpy()
+        if norm_log_det:
+            log_det = log_det + np.linalg.slogdet(np.diag(norm.weight.detach().numpy().ravel()))[1]
         by_image = [0.5 * (z[i] ** 2).sum() - log_det[i] for i in range(3)]
         expected.append(sum(by_image) / 3)
     parts = {}
@@ -338,6 +342,21 @@ def test_optimiser_holds_what_is_learned(model):
     assert (group["lr"], group["weight_decay"], group["betas"]) == (1e-3, 1e-5, (0.9, 0.999))
 
 
+def test_a_counted_gain_stays(tiles):
+    """Without its log-determinant the gain shrinks step by step; with it, normalised features keep their scale."""
+    gains = {}
+    for counted in (False, True):
+        model = create_model("fastflow", "lite", input_size=64, flow_steps=2, norm_log_det=counted)
+        optimizer = model.configure_optimizers()
+        for step in range(60):
+            batch = tiles[0][torch.arange(4 * step, 4 * step + 4) % 30]
+            optimizer.zero_grad()
+            model.training_step(Batch(batch, ["?"] * 4), step).backward()
+            optimizer.step()
+        gains[counted] = float(torch.cat([norm.weight.flatten() for norm in model.norms]).abs().mean())
+    assert gains[False] < 0.93 and abs(gains[True] - 1) < 0.4 * (1 - gains[False]), gains
+
+
 def test_presets():
     original, paper, steps = (presets("fastflow", name) for name in ("original", "paper224", "mvtec_steps"))
     assert original["model"] == {"input_size": 256} and original["data"]["resize"] == 256
@@ -413,7 +432,7 @@ def test_only_what_is_learned_has_moved(learned):
 
 
 def test_a_trainer_logs_the_parts_and_the_gain(tiles):
-    model = create_model("fastflow", "lite", input_size=64, flow_steps=1)
+    model = create_model("fastflow", "lite", input_size=64, flow_steps=1, norm_log_det=False)
     batches = [Batch(tiles[0][i : i + 8], ["?"] * 8) for i in (0, 8)]
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
     options = dict(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False, log_every_n_steps=1)
