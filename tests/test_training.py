@@ -15,6 +15,7 @@ from sklearn.metrics import roc_auc_score
 
 from zoo import checkpoint
 from zoo.callbacks import Finite, KeepBest, Losses, MaxSteps, NotFinite
+from zoo.cards import render_card
 from zoo.cli import main
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
@@ -280,7 +281,14 @@ def test_labelled_defects_are_left_out_unless_a_method_uses_them(mvtec, tmp_path
     lines = []
     _, record = train("stfpm", 2, str(root), lines=lines)
     assert record["train_data"]["images"] == 15
-    assert any("3 labelled defects are left out" in line for line in lines)
+    assert any("3 labelled defects are left out." in line for line in lines)
+    assert record["train_data"]["defects"] == 0
+    model, record = train("supersimplenet", 1, str(root), lines=lines)
+    assert any("left out; --supervised true" in line for line in lines) and record["train_data"]["defects"] == 0
+    model, record = train("supersimplenet", 2, str(root), arguments={"supervised": True}, lines=lines)
+    assert (record["train_data"]["images"], record["train_data"]["defects"]) == (15, 3)
+    assert any("15 normal images (15 held out) and 3 labelled defects" in line for line in lines)
+    assert "learned from normal images and 3 labelled defects" in render_card(model.config(), record)
     data = load_data(str(root))
     assert AnomalyDataModule(data).num_train_images == 15 and AnomalyDataModule(data).num_defects == 3
     module = AnomalyDataModule(data, use_defects=True)

@@ -150,13 +150,15 @@ def fit(
     start = time.perf_counter()
     heldout = calibrate_on_heldout(model, module, trainer.strategy.root_device)
     seconds["held_out"] = round(time.perf_counter() - start, 2)
+    defects = module.num_defects if model.uses_defects else 0
     result = {
         "method": method,
         "configuration": {"preset": preset, "model": dict(model.hparams), "data": asdict(options)},
         "seed": model.hparams.seed,
         "precision": run.precision,
         "train_data": _described(spec)
-        | {"images": module.num_train_images, "held_out": len(heldout), "broken": len(module.broken)},
+        | {"images": module.num_train_images - defects, "defects": defects}
+        | {"held_out": len(heldout), "broken": len(module.broken)},
         "seconds": seconds,
         "peak_memory_mb": record.peak_memory_mb(),
         "processes": trainer.world_size,
@@ -315,7 +317,8 @@ def _announce(
     if defects:
         about += f" and {defects} labelled defects"
     elif module.num_defects and not rank:
-        run.say(f"{model.method} learns from normal images alone: {module.num_defects} labelled defects are left out.")
+        cure = "; --supervised true learns from them" if "supervised" in model.hparams else ""
+        run.say(f"Only normal images are learned from: {module.num_defects} labelled defects are left out{cure}.")
     long = images >= LONG * module.batch_size
     if memory_limit and model.learns_by_gradient:
         raise ZooError("--memory-limit can't be reckoned for a method that learns by gradient; leave it out.")
