@@ -171,3 +171,19 @@ def test_killed_and_resumed(tmp_path, zoo_home):
     assert files[0] == files[1] and not (tmp_path / ".killed.partial").exists()
     blocks = json.loads((tmp_path / "killed" / store.INDEX).read_text())["blocks"]
     assert [len(block["paths"]) for block in blocks["train"]] == [512, 512, 376]
+
+
+def test_two_at_once(tmp_path, capsys):
+    """The second one is told, whether the first one lives; nothing of the lock is left behind."""
+    from zoo.cli import main
+
+    command = ["data", "prepare", "synthetic:train=9,size=32", "--size", "32", "--out", str(tmp_path / "store")]
+    held = f"lock = FileLock({str(tmp_path / '.store.lock')!r}); lock.acquire(); print('held', flush=True)"
+    holder = f"from filelock import FileLock; import time; {held}; time.sleep(99)"
+    job = subprocess.Popen([sys.executable, "-c", holder], stdout=subprocess.PIPE, text=True)
+    assert job.stdout.readline() == "held\n"
+    assert main(command) == 2 and "Another process prepares" in capsys.readouterr().err
+    job.kill()
+    job.wait()
+    assert main(command) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]

@@ -15,12 +15,14 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from zoo.checkpoint import dump, write_text
 from zoo.data.rows import read_row
@@ -84,12 +86,12 @@ def prepare(
         The index, as it was written.
 
     Raises:
-        ZooError: an image that can't be read, named, or a disk that refuses.
+        ZooError: an image that can't be read, named, a disk that refuses, or another process that does the same.
     """
     partial = place.with_name(f".{place.name}.partial")
     about = {"format_version": FORMAT_VERSION, "source": source, "size": list(size)}
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
+    with _alone(place):
+        partial.mkdir(exist_ok=True)
         if _json(partial / "source.json") != json.loads(dump(about)):
             shutil.rmtree(partial)
             partial.mkdir()
@@ -118,9 +120,22 @@ def prepare(
         for leftover in [*place.glob("*.json")]:  # what an unfinished store needs
             if leftover.name != INDEX:
                 leftover.unlink()
+    return index
+
+
+@contextmanager
+def _alone(place: Path) -> Iterator[None]:
+    """Nobody else prepares the same store meanwhile; what the disk refuses is told."""
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(place.with_name(f".{place.name}.lock"))  # let go of by a process that is killed
+        with lock.acquire(timeout=0):
+            yield
+            Path(lock.lock_file).unlink()
+    except Timeout:
+        raise ZooError(f"Another process prepares {place}; wait for it, or name another folder by --out.") from None
     except OSError as error:
         raise ZooError(f"{place} could not be written ({error}); what is done is kept for the next run.") from error
-    return index
 
 
 def _json(path: Path) -> Any:
