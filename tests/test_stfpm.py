@@ -213,3 +213,21 @@ def test_training_teaches_each_layer_and_finds_defects(mvtec):
     assert all(after[layer] < 0.5 * before[layer] for layer in ("layer1", "layer2", "layer3")), (before, after)
     first, last = (evaluate(model, str(mvtec))["metrics"] for model in (untrained, trained))
     assert last["image_auroc"] > 0.9 and last["pixel_ap"] > first["pixel_ap"] + 0.3
+
+
+def test_only_what_the_layers_need_is_learned():
+    """A branched backbone has parts that no wanted layer depends on; two processes would wait for their gradients."""
+    with architecture_only():
+        model = STFPM(backbone="hrnet_w18_small", input_size=64)
+    model.training_step(Batch(torch.rand(2, 1, 64, 64), ["a", "b"]), 0).backward()
+    assert all(p.grad is not None for p in model.learned_parameters())
+    assert len(model.learned_parameters()) < len(list(model.student.parameters()))
+    assert all(p.requires_grad for p in STFPM(backbone=LITE0, input_size=64).student.parameters())
+
+
+def test_sizes_that_can_not_be_learned_from_are_told():
+    with architecture_only():
+        with pytest.raises(ZooError, match="--input-size is above 32"):
+            STFPM(backbone=LITE0, layers=[4], input_size=32)
+        with pytest.raises(ZooError, match="--input-size 224"):
+            STFPM(backbone="vit_tiny_patch16_224", layers=[3, 6, 9], input_size=64)

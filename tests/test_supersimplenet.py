@@ -511,6 +511,15 @@ def test_without_planned_epochs_the_schedule_counts_steps():
     np.testing.assert_allclose(seen, factor[:, None] * [[1e-4, 2e-4, 2e-4]], rtol=1e-6)
 
 
+def test_planned_steps_are_what_the_schedule_counts():
+    """`fit` turns planned steps into whole epochs, which would be too coarse a measure."""
+    model = build()
+    model.plan = {"max_steps": 40}
+    model._trainer = L.Trainer(max_epochs=4, logger=False, accelerator="cpu", enable_checkpointing=False)
+    schedule = model.configure_optimizers()["lr_scheduler"]
+    assert schedule["scheduler"].milestones == Counter([32, 36]) and schedule["interval"] == "step"
+
+
 def test_milestones_of_the_original():
     with architecture_only():
         model = create_model("supersimplenet", "paper224")

@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from zoo import ranks
 from zoo.errors import ZooError
@@ -32,24 +32,42 @@ class MaxSteps(L.Callback):
 
 
 class NotFinite(ZooError):
-    """A loss or gradient that is not a number; the module holds the state before that step."""
+    """A loss or gradient that is not a number; the module holds its last good state, that of `step`."""
+
+    def __init__(self, text: str, step: int):
+        super().__init__(text)
+        self.step = step
 
 
 class Finite(L.Callback):
-    """Stops a fit at a loss or gradient that is not finite, before the step can spoil what was learned."""
+    """Stops a fit at a loss or gradient that is not finite, and gives the module its last good state.
 
-    def __init__(self) -> None:
-        self.statistics: list[tuple[Tensor, Tensor]] = []  # of BatchNorm layers, and as they were before the step
+    The weights just before may have been ruined already. Good are those that `KeepBest` likes best, if there are any;
+    else those at the end of the tenth of the fit with the lowest loss, once they have given a finite loss; else the
+    first ones.
+
+    Args:
+        steps: optimiser steps of the whole fit.
+    """
+
+    def __init__(self, steps: int):
+        self.every = max(1, steps // PARTS)
+        self.lowest, self.losses = math.inf, []  # mean of the best tenth, and the losses of this one
+        self.good: tuple[int, dict[str, Tensor]] | None = None  # step and state
+        self.next, self.end = self.good, 0  # the one to be proven by a finite loss, and the step that ends this tenth
 
     def on_train_batch_start(self, trainer: L.Trainer, module: AnomalyModule, *_: Any) -> None:
-        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
-        self.statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers(recurse=False)]
+        if self.good is None:
+            self.good = self.next = (trainer.global_step, _learned_state(module))
+            self.end = trainer.global_step + self.every
 
     def on_before_backward(self, trainer: L.Trainer, module: AnomalyModule, loss: Tensor) -> None:
         finite = bool(loss.isfinite())
         if not trainer.strategy.reduce_boolean_decision(finite):  # one answer for all processes
             where = " in another process" * finite
             self._stop(trainer, module, f"The loss is not finite{where}")
+        self.good = self.next
+        self.losses.append(float(loss))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: AnomalyModule, optimizer: Any) -> None:
         if trainer.precision == "16-mixed":  # its scaler looks for itself, and skips such steps
@@ -58,14 +76,29 @@ class Finite(L.Callback):
         if not torch.stack(squares).sum().isfinite():
             self._stop(trainer, module, "The gradient is not finite")
 
+    def on_train_batch_end(self, trainer: L.Trainer, module: AnomalyModule, *_: Any) -> None:
+        if trainer.global_step < self.end:
+            return
+        mean = sum(self.losses) / len(self.losses)
+        if mean <= self.lowest:
+            self.lowest, self.next = mean, (trainer.global_step, _learned_state(module))
+        self.losses, self.end = [], trainer.global_step + self.every
+
     def _stop(self, trainer: L.Trainer, module: AnomalyModule, what: str) -> None:
-        for buffer, before in self.statistics:
-            buffer.copy_(before)
+        best = [(keeper.step, keeper.state) for keeper in trainer.callbacks if isinstance(keeper, KeepBest)]
+        step, state = best[0] if best and best[0][1] else self.good
+        module.load_state_dict(state, strict=False)
         rates = [f"--{name.replace('_', '-')}" for name in module.hparams if name.split("_")[-1] == "lr"]
         cure = f"lower {' or '.join(rates) or 'the learning rate'}"
         if trainer.precision != "32-true":
             cure += ", or fit with --precision 32-true"
-        raise NotFinite(f"{what} at step {trainer.global_step + 1}; {cure}")
+        raise NotFinite(f"{what} at step {trainer.global_step + 1}; {cure}", step)
+
+
+def _learned_state(module: AnomalyModule) -> dict[str, Tensor]:
+    """What training changes, copied to main memory."""
+    learned = {k: v for k, v in module.state_dict().items() if not k.startswith("features.")}
+    return {name: tensor.to("cpu", copy=True) for name, tensor in learned.items()}
 
 
 class Losses(L.Callback):
@@ -76,7 +109,9 @@ class Losses(L.Callback):
         say: told a line.
 
     Attributes:
-        history: for the record, a tenth of the fit each: {"step": ..., "loss": ..., "loss_<part>": ...}.
+        history: for the record, a tenth of the fit each: {"step": ..., "loss": ..., "loss_<part>": ...}, and
+            what else the method tells.
+        resumed_at: step at which this process began.
     """
 
     def __init__(self, steps: int, say: Callable[[str], None]):
@@ -86,14 +121,15 @@ class Losses(L.Callback):
         self.batches, self.tenth = 0, 0
 
     def on_train_start(self, trainer: L.Trainer, module: AnomalyModule) -> None:
+        self.resumed_at = trainer.global_step
         self._start(trainer)
 
     def _start(self, trainer: L.Trainer) -> None:
         self.first, self.begin = trainer.global_step, time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        losses = {k: v.detach().cpu() for k, v in trainer.callback_metrics.items() if k.split("_")[0] == "loss"}
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in losses.items()}
+        logged = {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in logged.items()}
         self.batches += 1
         step, seconds = trainer.global_step, time.monotonic() - self.begin
         tenth = step * PARTS // self.steps
@@ -161,8 +197,7 @@ class KeepBest(L.Callback):
         self.last = trainer.global_step
         if not self.state or (value < self.value if self.rule == "normal" else value > self.value):
             self.step, self.value = trainer.global_step, value
-            learned = {k: v for k, v in module.state_dict().items() if not k.startswith("features.")}
-            self.state = {name: tensor.to("cpu", copy=True) for name, tensor in learned.items()}
+            self.state = _learned_state(module)
 
     def _metric(self, module: AnomalyModule, batches: Iterable[list[Batch]]) -> float:
         metrics = AnomalyMetrics().to(module.device)

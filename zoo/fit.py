@@ -314,6 +314,10 @@ def _announce(
     defects = module.num_defects if model.uses_defects else 0
     images -= defects
     about = f"Fitting {model.method} on {images} normal image{'s' * (images != 1)} ({held} held out)"
+    if model.uses_defects and not defects:
+        raise ZooError(
+            "--supervised true needs labelled defects in train/<kind>, with masks in train_masks/<kind> or none."
+        )
     if defects:
         about += f" and {defects} labelled defects"
     elif module.num_defects and not rank:
@@ -372,6 +376,8 @@ def _ended(name: str | None) -> Iterator[None]:
     except SIGTERMException as error:
         hint = "; the same command with --resume goes on" if name else ""
         raise ZooError(f"The fit was asked to end{hint}.") from error
+    except torch.OutOfMemoryError as error:
+        raise ZooError("The device's memory is full; lower --batch-size, which --accumulate makes up for.") from error
     except SystemExit as error:
         raise KeyboardInterrupt from error
 

@@ -71,10 +71,14 @@ class LearningModule(L.LightningModule):
     def total_loss(self, **parts: Tensor) -> Tensor:
         """Sum of the parts of a loss (scalars), which are logged beside it; what a `training_step` returns."""
         loss = torch.stack(list(parts.values())).sum()
-        if self._trainer is not None:
-            named = {f"loss_{name}": part.detach() for name, part in parts.items()} if len(parts) > 1 else {}
-            self.log_dict({"loss": loss.detach(), **named}, prog_bar=True)
+        named = {f"loss_{name}": part for name, part in parts.items()} if len(parts) > 1 else {}
+        self.tell(loss=loss, **named)
         return loss
+
+    def tell(self, **values: Tensor) -> None:
+        """Log scalars of a training step: `fit` reports and records them."""
+        if self._trainer is not None:
+            self.log_dict({name: value.detach() for name, value in values.items()}, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         return None

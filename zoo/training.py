@@ -24,7 +24,7 @@ def training(
     in_epoch = math.ceil(batches / plan.accumulate)
     epochs = math.ceil(plan.max_steps / in_epoch) if plan.max_steps else plan.max_epochs
     steps = plan.max_steps or epochs * in_epoch
-    callbacks = [MaxSteps(steps), Finite(), Losses(steps, RunOptions.say if run.progress or rank else run.say)]
+    callbacks = [MaxSteps(steps), Finite(steps), Losses(steps, RunOptions.say if run.progress or rank else run.say)]
     if plan.select != "last":
         if plan.select == "normal" and not len(module.holdout_set):
             raise ZooError("--select normal needs held-out normal images; give more normals, or take --select last.")
@@ -45,7 +45,7 @@ def trained(trainer: L.Trainer, module: AnomalyDataModule, seconds: float) -> di
         "images_a_step": min(
             module.batch_size * trainer.accumulate_grad_batches * trainer.world_size, module.num_train_images
         ),
-        "steps_per_second": round(trainer.global_step / max(seconds, 1e-9), 3),
+        "steps_per_second": round((trainer.global_step - losses.resumed_at) / max(seconds, 1e-9), 3),
         "losses": losses.history,
     }
     for keeper in best:
@@ -55,9 +55,9 @@ def trained(trainer: L.Trainer, module: AnomalyDataModule, seconds: float) -> di
 
 
 def kept(error: NotFinite, model: AnomalyModule, place: Path | None) -> ZooError:
-    """The error, with where the state before it is kept."""
+    """The error, with where the last good state is kept."""
     if place is None:
         return error
     if not launched()[0]:
         model.cpu().save_pretrained(place)
-    return ZooError(f"{error}; the model as it was before is kept in {place}")
+    return ZooError(f"{error}; the model of step {error.step} is kept in {place}")

@@ -51,7 +51,7 @@ def compare(method, seed, max_steps=None):
         "fit_seconds": record["seconds"]["fit"],
         "untrained": {key: round(before[key], 4) for key in METRICS},
         "trained": {key: round(after[key], 4) for key in METRICS},
-        "loss": {key: [losses[0][key], losses[-1][key]] for key in losses[0] if key != "step"},
+        "loss": {key: [losses[0][key], losses[-1][key]] for key in losses[0] if key.startswith("loss")},
     }
 
 

@@ -99,11 +99,9 @@ class FastFlow(AnomalyModule):
         losses = [(0.5 * z.square().sum((1, 2, 3)) - log_det).mean() for z, log_det in self.transform(batch.image)]
         if self.hparams.norm_log_det:
             losses = [loss - n.weight.abs().log().sum() for loss, n in zip(losses, self.norms, strict=True)]
-        return self.total_loss(**{f"stage{i}": loss for i, loss in enumerate(losses, 1)})
-
-    def on_train_batch_end(self, *_: object) -> None:
-        """The loss misses the LayerNorms' Jacobian, so shrinking gains lower it for free: a collapse shows here."""
-        self.log("gain", torch.stack([norm.weight.detach().abs().mean() for norm in self.norms]).mean())
+        loss = self.total_loss(**{f"stage{i}": loss for i, loss in enumerate(losses, 1)})
+        self.tell(gain=torch.stack([n.weight.abs().mean() for n in self.norms]).mean())
+        return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         given = self.hparams

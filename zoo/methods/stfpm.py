@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.module import AnomalyModule, Batch, Scores
-from zoo.nn.features import FeatureExtractor
+from zoo.nn.features import FeatureExtractor, intermediates
 from zoo.nn.maps import masked_to_roi, resize_map
 from zoo.nn.seed import seeded
 
@@ -74,8 +74,10 @@ class STFPM(AnomalyModule):
             raise ZooError("--lr is above 0, --weight-decay at least 0 and --momentum in [0, 1).")
         self.features = FeatureExtractor(backbone, (4, 8, 16), layers, backbone_weights)
         self.mean, self.std = self.features.mean, self.features.std
+        if max(self.size) <= self.features.strides[-1]:
+            raise ZooError(f"--input-size is above {self.features.strides[-1]}: BatchNorm needs two positions.")
         with seeded(seed, 0):
-            self.student = Student(backbone, self.features.indices)
+            self.student = Student(backbone, self.features.indices, self.size)
 
     def distances(self, images: Tensor) -> list[Tensor]:
         """Images (B, C, H, W) -> squared distance of teacher and student at each position, (B, 1, h_i, w_i) a layer.
@@ -104,7 +106,7 @@ class STFPM(AnomalyModule):
 class Student(nn.Module):
     """The backbone with random weights, up to the last layer that is used; learns, its BatchNorm too."""
 
-    def __init__(self, backbone: str, indices: list[int]):
+    def __init__(self, backbone: str, indices: list[int], size: tuple[int, int]):
         super().__init__()
         self.indices = indices
         self.trunk = timm.create_model(backbone, pretrained=False)
@@ -112,7 +114,12 @@ class Student(nn.Module):
         for norm in self.trunk.modules():
             if isinstance(norm, nn.BatchNorm2d):
                 norm.reset_parameters()  # to 1, also where timm starts residual branches at 0; the original doesn't
+        self.eval()
+        torch.stack([m.sum() for m in self(torch.zeros(1, 3, *size))]).sum().backward()
+        for parameter in self.parameters():  # what no wanted layer depends on, as in branched backbones
+            parameter.requires_grad_(parameter.grad is not None)
+            parameter.grad = None
+        self.train()
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        images = images.contiguous(memory_format=torch.channels_last)
-        return self.trunk.forward_intermediates(images, indices=self.indices, intermediates_only=True, stop_early=True)
+        return intermediates(self.trunk, images, self.indices)

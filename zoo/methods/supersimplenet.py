@@ -132,7 +132,7 @@ class SuperSimpleNet(AnomalyModule):
         maps = [m.float() for m in self.features(self.prepare(images))]
         grid = [2 * side for side in maps[0].shape[-2:]]
         joined = torch.cat([F.interpolate(m, grid, mode="bilinear", align_corners=True) for m in maps], 1)
-        return self.adaptor(F.avg_pool2d(joined, 3, stride=1, padding=1))
+        return self.adaptor(F.avg_pool2d(joined, 3, stride=1, padding=1)).float()  # bfloat16 rounds weak noise away
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         adapted = self.adapt(batch.image)
@@ -179,7 +179,7 @@ class SuperSimpleNet(AnomalyModule):
         return logits, self.classification(adapted, logits.detach())
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Three groups; rates fall after whole epochs, or after steps where no number of epochs is planned."""
+        """Three groups; rates fall after whole epochs, or after steps where these are what is planned."""
         h = self.hparams
         groups = [
             (self.adaptor, h.adaptor_lr, h.adaptor_weight_decay),
@@ -189,9 +189,10 @@ class SuperSimpleNet(AnomalyModule):
         optimizer = torch.optim.AdamW(
             {"params": list(part.parameters()), "lr": lr, "weight_decay": decay} for part, lr, decay in groups
         )
-        interval, planned = "epoch", self.trainer.max_epochs or 0
-        if planned <= 0:
-            interval, planned = "step", self.trainer.max_steps
+        steps, epochs = self.plan.get("max_steps"), self.trainer.max_epochs or 0
+        if epochs <= 0:
+            steps = self.trainer.max_steps
+        interval, planned = ("step", steps) if steps else ("epoch", epochs)
         milestones = [round(share * planned) for share in h.milestones]
         schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, h.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}

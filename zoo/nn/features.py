@@ -79,8 +79,21 @@ class FeatureExtractor(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> list[Tensor]:
         """Normalised images (B, 3, H, W) -> one (B, C_i, H / stride_i, W / stride_i) a layer."""
-        images = images.contiguous(memory_format=torch.channels_last)
-        return self.trunk.forward_intermediates(images, indices=self.indices, intermediates_only=True, stop_early=True)
+        return intermediates(self.trunk, images, self.indices)
+
+
+def intermediates(trunk: nn.Module, images: Tensor, indices: list[int]) -> list[Tensor]:
+    """Images (B, 3, H, W) -> the wanted feature levels of a timm model.
+
+    Raises:
+        ZooError: a model of one size, as some transformers are, and images of another one.
+    """
+    images = images.contiguous(memory_format=torch.channels_last)
+    try:
+        return trunk.forward_intermediates(images, indices=indices, intermediates_only=True, stop_early=True)
+    except AssertionError as error:  # timm's own check
+        name, size = trunk.pretrained_cfg["architecture"], trunk.pretrained_cfg["input_size"][-1]
+        raise ZooError(f"{name} refuses images of this size ({error}); give --input-size {size}.") from error
 
 
 def _layers_of_strides(backbone: str, info: Sequence[dict], strides: Sequence[int]) -> list[int]:
