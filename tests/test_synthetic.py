@@ -92,15 +92,15 @@ def test_a_missing_via_leaves_its_line_and_less_light():
         assert normal[mask].mean() - image[mask].mean() > 8
         deepest = np.argmax(gaussian_filter(normal.astype(float) - image, 1.0))
         smooth = gaussian_filter(normal.astype(float), 1.0)
-        assert smooth.flat[deepest] > np.quantile(smooth, 0.8)  # where a via shone
+        assert smooth.flat[deepest] > np.quantile(smooth, 0.7)  # where a via shone
 
 
 def test_each_layout_has_a_free_via_and_neighbours():
     for seed in range(100):
         rng = np.random.default_rng(seed)
         rules = Rules(
-            pitch=rng.uniform(20, 46), fill=0.6, skip=0.5, reach=2.0, bends=3, dumbbells=1, power=1,
-            hollow=0.3, via=0.6, uneven=1.0,
+            pitch=rng.uniform(20, 46), fill=0.6, skip=0.5, reach=2.0, via=0.6, uneven=1.0,
+            dumbbells=2, combs=2, bends=4, power=1, hollow=1,
         )  # fmt: skip
         bars, vias = route(rng, 128, seed % 2, rules)
         assert any(via.end and 0 < via.y < 128 and 0 < via.x < 128 for via in vias)

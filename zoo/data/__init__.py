@@ -15,7 +15,7 @@ from zoo.errors import ZooError
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
-SYNTHETIC_VERSION = 3  # to be raised when the generator draws other images from the same options
+SYNTHETIC_VERSION = 4  # to be raised when the generator draws other images from the same options
 FORMS = "synthetic[:k=v,...] or a path to a folder (of images, or prepared)"
 
 

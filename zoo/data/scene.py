@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 import numpy as np
-from scipy.ndimage import gaussian_filter, gaussian_filter1d
+from scipy.ndimage import convolve1d, gaussian_filter, gaussian_filter1d
 from scipy.special import ndtri
 
-from zoo.data.layout import Bar, Rules, Via, route
-
-Window = tuple[slice, slice]
+from zoo.data.layout import Bar, Rules, Via, Window, around, join, offsets, route, sigmoid
 
 NOMINAL = 512  # pixels: lengths of the look are given for images of this side
 SMALLEST = 128  # images of a smaller side show a part of the field instead of ever thinner lines
@@ -24,16 +22,15 @@ _FINE = 16  # entries of an edge profile a nominal pixel
 class Style:
     """What distinguishes a style; ranges are (low, high), lengths in nominal pixels, levels of 0 to 255."""
 
-    pitch: tuple[float, float] = (41.0, 61.0)
-    fill: tuple[float, float] = (0.54, 0.67)
-    ground: tuple[float, float] = (47.0, 69.0)
-    metal: tuple[float, float] = (56.0, 78.0)  # above the ground
-    edge: tuple[float, float] = (50.0, 76.0)  # above the metal
+    pitch: tuple[float, float] = (41.0, 59.0)
+    fill: tuple[float, float] = (0.54, 0.66)
+    ground: tuple[float, float] = (45.0, 65.0)
+    metal: tuple[float, float] = (62.0, 76.0)  # above the ground
+    edge: tuple[float, float] = (38.0, 54.0)  # above the metal, in focus
     shadow: tuple[float, float] = (4.0, 14.0)  # below the ground
-    decay: tuple[float, float] = (2.4, 4.6)
-    focus: tuple[float, float] = (1.0, 1.7)
-    via: tuple[float, float] = (42.0, 60.0)
-    noise: tuple[float, float] = (0.12, 0.34)  # variance of the shot noise per level
+    focus: tuple[float, float] = (0.9, 1.8)
+    via: tuple[float, float] = (22.0, 50.0)
+    noise: tuple[float, float] = (0.1, 0.36)  # variance of the shot noise per level
 
 
 LOOKS = {
@@ -42,11 +39,10 @@ LOOKS = {
         pitch=(19.0, 34.0),
         fill=(0.42, 0.56),
         ground=(78.0, 100.0),
-        metal=(34.0, 52.0),
-        edge=(30.0, 56.0),
+        metal=(32.0, 49.0),
+        edge=(18.0, 36.0),
         shadow=(6.0, 16.0),
-        decay=(1.6, 2.6),
-        focus=(0.8, 1.3),
+        focus=(0.6, 1.4),
         via=(-44.0, -20.0),
         noise=(0.2, 0.6),
     ),
@@ -58,9 +54,10 @@ class _Even:
 
     The additive recurrence of Richtmyer: number n of image i is (offset_n + i sqrt(prime_n)) mod 1. So small sets
     have as much variety as large ones, and the looks of two sets differ little by chance.
+    Primes whose root times seven is nearly whole are left out, since kinds of defects come back every seven images.
     """
 
-    PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 31, 37, 41, 43, 47, 53, 59, 61, 67, 71)
+    PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23, 29, 37, 41, 43, 59, 61, 67, 73, 79, 83, 97, 101, 103, 107, 109, 113)
 
     def __init__(self, index: int, seed: int):
         offsets = np.random.default_rng([seed, 1]).random(len(self.PRIMES))
@@ -77,21 +74,28 @@ class Look:
         self.pitch = min(np.exp(even(*np.log(style.pitch))), 0.36 * field) * scale
         self.axis = int(even() < 0.5)
         self.fill = even(*style.fill)
-        self.ground = even(*style.ground)
-        self.metal = even(*style.metal)
-        self.edge = even(*style.edge)
-        self.shadow = even(*style.shadow)
-        self.decay = even(*style.decay)
-        self.focus = even(*style.focus)
-        self.via = even(*style.via)
-        self.noise = even(*style.noise) * min(scale, 1.0)  # a larger pixel gathers more electrons
+        contrast = min(0.7 + 2.4 * even(), 1.0)  # one image in eight has less
+        metal = even(*style.metal)
+        self.ground = even(*style.ground) + 0.5 * (1 - contrast) * metal + even(-4, 5)
+        self.metal = contrast * metal
+        self.edge = contrast * even(*style.edge)
+        self.shadow = contrast * even(*style.shadow)
+        self.tail = even(3.5, 7.0)  # how far an edge shines into the metal
+        self.focus = np.exp(even(*np.log(style.focus)))
+        self.via = contrast * even(*style.via)
+        self.via_size = even(0.5, 0.74)
+        self.rim = even(-0.3, 0.25)  # of vias over their brightness; a darker core where negative
+        self.noise = np.exp(even(*np.log(style.noise))) * min(scale, 1.0)  # a larger pixel gathers more electrons
         self.density, self.character = even(), even()
         self.gain = even(0.92, 1.08)
         self.tilt = even(-0.006, 0.006)  # rotation of the stage, radians
-        self.rough = even(0.15, 0.4) * scale
-        self.smear = even(-0.4, 0.4)  # which side of a line is brighter
+        self.rough = np.exp(even(*np.log((0.15, 0.4)))) * scale
+        self.wave = np.exp(even(*np.log((2.5, 12.0))))  # how long the waves of rough edges are
+        self.smear = even(-0.5, 0.5)  # which side of a line is brighter
         self.uneven = even()
-        self.via_size = even(0.64, 0.8)
+        self.corner = 0.6 * self.pitch * self.fill / 2 / scale  # inner radius of corners, nominal
+        self.drift = even(0.008, 0.032)
+        self.charge = max(even(-0.14, 0.24), 0.0)  # of the ground beside metal, along the scan
 
     def rules(self, rng: np.random.Generator) -> Rules:
         """Design rules: from long parallel lines to short pieces with many corners."""
@@ -99,14 +103,15 @@ class Look:
         return Rules(
             pitch=self.pitch,
             fill=self.fill,
-            skip=0.01 + 0.12 * self.density**2,
-            reach=(3.5 if kind < 0.1 else 7.0 if kind < 0.6 else 30.0) * np.exp(rng.normal(0, 0.25)),
-            bends=int(rng.poisson(4)) * (kind < 0.75),
-            dumbbells=int(rng.poisson(4)) * (0.05 < kind < 0.3),
-            power=int(rng.random() < 0.35),
-            hollow=float(rng.random() < 0.25) * rng.uniform(0.06, 0.2),
+            skip=0.005 + 0.03 * self.density**2,
+            reach=(12.0 if kind < 0.08 else 40.0 if kind < 0.6 else 80.0) * np.exp(rng.normal(0, 0.25)),
             via=self.via_size,
             uneven=self.uneven,
+            dumbbells=3 * (0.32 <= kind < 0.42),
+            combs=3 * (0.42 <= kind < 0.48),
+            bends=2 * (0.08 <= kind < 0.32),
+            power=int(rng.random() < 0.35),
+            hollow=int(rng.random() < 0.15),
         )
 
 
@@ -127,12 +132,29 @@ def _normal() -> np.ndarray:
     return ndtri((np.arange(1 << 16) + 0.5) / (1 << 16)).astype(np.float32)
 
 
+@lru_cache(maxsize=6)
+def _texture(size: int, sigma: float) -> np.ndarray:
+    """Normally distributed numbers (size, size), smoothed by sigma: filtered once, then used in parts."""
+    noise = np.random.default_rng(0).standard_normal((size, size), dtype=np.float32)
+    smooth = gaussian_filter(noise, sigma, mode="wrap")
+    return smooth / smooth.std()
+
+
+def _part(rng: np.random.Generator, size: int, sigma: float) -> np.ndarray:
+    """A random part (size, size) of a texture, turned at random."""
+    y, x, turn = rng.integers(0, (256, 256, 8))
+    part = _texture(size + 256, sigma)[y : y + size, x : x + size]
+    part = part[:: 1 - 2 * (turn & 1), :: 1 - (turn & 2)]
+    return part.T if turn & 4 else part
+
+
 class Scene:
     """One image before its defect: geometry as a signed distance in nominal pixels (negative inside), look and noise.
 
     Attributes:
         distance: (S, S) float32, at most `_REACH`.
         contrast: (S, S) float32, metal above ground.
+        ripple: (S, S) float32, how the brightness of edges varies.
         grain: (S, S) uint16, the noise.
         defect: random stream of the defect.
     """
@@ -156,14 +178,19 @@ class Scene:
         rough = rng.standard_normal((2, 3 * size + 512), dtype=np.float32)
         wander = sum(
             gaussian_filter1d(row, length * self.scale) * length**0.7
-            for row, length in zip(rough, (3, 14), strict=True)
+            for row, length in zip(rough, (look.wave, 4 * look.wave), strict=True)
         )
         wander *= look.rough / wander.std()
         for bar in self.bars:
             self._draw_bar(bar, wander, rng)
-        jitter = rng.standard_normal(size, dtype=np.float32) * np.float32(rng.uniform(0.04, 0.2))
+        slow, fast = rng.standard_normal((2, size), dtype=np.float32)
+        slow = gaussian_filter1d(slow, 4) * np.float32(rng.uniform(0, 3.8))  # of unit strength at most
+        jitter = (slow + fast) * np.float32(rng.uniform(0.04, 0.2))
         for strip in _strips(size):
             self.distance[strip] -= jitter[strip, None] * _slope(self.distance[strip])
+        sigma = float(rng.choice([1.4, 2.2, 3.6]))
+        self.contrast += np.float32(rng.uniform(1, 3)) * _part(rng, size, sigma * self.scale)
+        self.ripple = np.float32(1) + np.float32(rng.uniform(0.1, 0.25)) * _part(rng, size, 5 * self.scale)
 
     def _draw_bar(self, bar: Bar, wander: np.ndarray, rng: np.random.Generator) -> None:
         """Signed distance to a bar with rough edges and round ends, joined to what is there."""
@@ -200,33 +227,50 @@ class Scene:
         distance, contrast = (field if bar.axis == 0 else field.T for field in (self.distance, self.contrast))
         inner = int(margin - 4 * self.scale)  # neighbours are farther away
         contrast[t0 + inner * (t0 > 0) : t1, c0 + inner * (c0 > 0) : c1] = self.look.metal * bar.level
-        (join if bar.joint else np.minimum)(distance[window], across, out=distance[window])
+        if bar.joint is not None:
+            self._fillet(distance[window], across, t - np.float32((start + stop) / 2), c0, bar)
+        np.minimum(distance[window], across, out=distance[window])
+
+    def _fillet(self, first: np.ndarray, second: np.ndarray, t: np.ndarray, c0: int, bar: Bar) -> None:
+        """Round the corners between what is there (T, C) and a bar that meets it; of a bend, the inner one only."""
+        inner = np.s_[:, :]
+        if bar.joint:
+            rows = slice(*np.searchsorted(t, np.array((-1, 1)) * ((bar.stop - bar.start) / 2 - bar.half)))
+            split = min(max(int(bar.centre) - c0, 0), first.shape[1])
+            inner = np.s_[rows, split:] if bar.joint > 0 else np.s_[rows, :split]
+        join(first[inner], second[inner], out=first[inner], corner=self.look.corner)
 
     def _light(self, rng: np.random.Generator) -> None:
-        """Slow drift, darker ground between dense lines, faint texture, and rows that differ a little."""
-        size = self.size
+        """Slow drift, darker ground between dense lines and where the beam comes from metal, mottle, uneven rows."""
+        size, look = self.size, self.look
         nodes = min(int(size / self.scale / 4) + 1, size)
         pick = np.linspace(0, size - 1, nodes).astype(int)
         metal = (self.distance[np.ix_(pick, pick)] < 0).astype(np.float32)  # (N, N)
         ramp = np.linspace(-1, 1, nodes, dtype=np.float32)
         waves = np.cos(np.pi / 2 * np.outer(np.arange(3), ramp + 1)).astype(np.float32)  # (3, N)
-        drift = np.einsum("in,ij,jm->nm", waves, rng.normal(0, 0.022, (3, 3)).astype(np.float32), waves)
+        drift = np.einsum("in,ij,jm->nm", waves, rng.normal(0, look.drift, (3, 3)).astype(np.float32), waves)
         charge = gaussian_filter(metal - metal.mean(), 6, mode="nearest", truncate=3)
         charge *= np.float32(rng.uniform(-0.14, 0.02))
-        mottle = rng.standard_normal((nodes, nodes), dtype=np.float32) * np.float32(rng.uniform(0.008, 0.03))
+        if look.charge:
+            after = np.exp(-np.arange(24) / rng.uniform(4, 14)) * (np.arange(24) > 0)
+            after = np.concatenate([np.zeros(23), after / after.sum()]).astype(np.float32)
+            charge -= np.float32(look.charge) * convolve1d(metal, after, axis=1, mode="nearest") * (1 - metal)
+        mottle = gaussian_filter(rng.standard_normal((nodes, nodes), dtype=np.float32), rng.uniform(1.5, 4), truncate=2)
+        mottle *= np.float32(rng.uniform(0.01, 0.04)) / mottle.std()
         rows = gaussian_filter1d(rng.standard_normal(size, dtype=np.float32), 5 * self.scale) * 2
         rows += rng.standard_normal(size, dtype=np.float32)
-        self.rows = 1 + rows[:, None] * np.float32(rng.uniform(0.001, 0.006))  # (S, 1)
+        self.rows = 1 + rows[:, None] * np.float32(rng.uniform(0.001, 0.01))  # (S, 1)
         self.smooth = np.ascontiguousarray(stretch((drift + charge + mottle).T, size).T)  # (N, S)
 
     @cached_property
     def profiles(self) -> tuple[np.ndarray, np.ndarray]:
         """Over the distance to an edge, -_REACH to _REACH: share of metal, and what edge and shadow add; in focus."""
         look, d = self.look, np.arange(-_REACH * _FINE, _REACH * _FINE + 1) / _FINE
-        bright = np.exp(np.minimum(d, 0) / look.decay) * (d < 0) * look.edge
-        dark = np.exp(-np.maximum(d, 0) / (1.7 * look.decay)) * (d >= 0) * look.shadow * (1 - np.square(d / _REACH))
+        crest = np.exp(-np.square((d + 1.2) / 0.9) / 2) * 1.4 * look.edge
+        tail = np.exp(np.minimum(d, 0) / look.tail) * (d < 0) * 0.25 * look.edge
+        dark = np.exp(-np.maximum(d, 0) / 6) * (d >= 0) * look.shadow * (1 - np.square(d / _REACH))
         sigma = look.focus * _FINE
-        added = gaussian_filter1d(bright - dark, sigma, mode="nearest")
+        added = gaussian_filter1d(crest + tail - dark, sigma, mode="nearest")
         return gaussian_filter1d((d < 0) * 1.0, sigma).astype(np.float32), added.astype(np.float32)
 
     def develop(self) -> np.ndarray:
@@ -248,6 +292,7 @@ class Scene:
         sided = _slope(distance)
         sided *= np.float32(self.look.smear * self.scale)
         sided += 1
+        sided *= self.ripple[rows]
         sided *= added.take(place, mode="clip")
         grey += sided
         grey += np.float32(self.look.ground)
@@ -257,14 +302,22 @@ class Scene:
         grey *= light
         return grey
 
-    def dot(self, via: Via) -> tuple[Window, np.ndarray]:
-        """Window and grey levels of a via: a soft disc."""
+    def seat(self, via: Via) -> tuple[float, float]:
+        """Where a via is (y, x) on the turned stage."""
         turn, middle = self.look.tilt, self.size / 2
-        y, x = via.y - turn * (via.x - middle), via.x + turn * (via.y - middle)
-        window = around(y, x, 2.2 * via.radius, self.size)
-        rows, columns = offsets(window, y, x)
-        r = (np.square(rows) + np.square(columns)) * np.float32(via.radius**-2)
-        return window, np.float32(self.look.via * via.level) / (1 + r * r * r)
+        return via.y - turn * (via.x - middle), via.x + turn * (via.y - middle)
+
+    def dot(self, via: Via) -> tuple[Window, np.ndarray]:
+        """Window and grey levels of a via: a disc, in some images with a brighter rim or a darker core."""
+        look, (y, x) = self.look, self.seat(via)
+        window = around(y, x, 1.4 * via.radius + (10 + 2 * look.focus) * self.scale, self.size)
+        d = (np.hypot(*offsets(window, y, x)) - np.float32(via.radius)) / np.float32(self.scale)  # nominal
+        soft = np.float32(0.8 + 0.5 * look.focus)
+        disc = sigmoid(d / -soft)
+        disc += np.float32(abs(look.rim)) * np.exp(-np.square((d + 1) / (1 + soft)))
+        if look.rim < 0:
+            disc -= np.float32(1.4 * abs(look.rim)) * sigmoid((d + np.float32(0.5 * via.radius / self.scale)) / -soft)
+        return window, np.float32(look.via * via.level) * disc
 
     def expose(self, grey: np.ndarray, bits: int, window: Window | None = None) -> np.ndarray:
         """Shot noise (its variance grows with the signal), saturation and digits; of a window or all."""
@@ -285,12 +338,6 @@ class Scene:
         return np.rint(value, out=value).astype(np.uint8 if bits == 8 else np.uint16)
 
 
-def join(first: np.ndarray, second: np.ndarray, out: np.ndarray | None = None, corner: float = 6.0) -> np.ndarray:
-    """Union of two signed distances whose inner corners are filled a little, as lithography does."""
-    rest = np.maximum(np.float32(corner) - np.abs(first - second), 0)
-    return np.subtract(np.minimum(first, second), np.square(rest) * np.float32(0.25 / corner), out=out)
-
-
 def _slope(field: np.ndarray) -> np.ndarray:
     """Change from left to right: half the difference of the two neighbours, 0 at the border."""
     slope = np.empty_like(field)
@@ -302,25 +349,3 @@ def _slope(field: np.ndarray) -> np.ndarray:
 
 def _strips(size: int) -> list[slice]:
     return [slice(start, min(start + _STRIP, size)) for start in range(0, size, _STRIP)]
-
-
-def on_axis(axis: int, along, across):
-    """(y, x) of what is given along and across a line, and back."""
-    return (along, across) if axis == 0 else (across, along)
-
-
-def around(y: float, x: float, reach: float, size: int) -> Window:
-    """The part of the image within `reach` of a point; at least one pixel."""
-    starts = [min(max(int(centre - reach), 0), size - 1) for centre in (y, x)]
-    stops = [min(max(int(centre + reach) + 2, 1), size) for centre in (y, x)]
-    return tuple(slice(start, max(stop, start + 1)) for start, stop in zip(starts, stops, strict=True))
-
-
-def offsets(window: Window, y: float, x: float) -> tuple[np.ndarray, np.ndarray]:
-    """Rows (H, 1) and columns (1, W) of a window, from a point."""
-    rows, columns = (np.arange(side.start, side.stop, dtype=np.float32) for side in window)
-    return rows[:, None] - np.float32(y), columns[None] - np.float32(x)
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 + 0.5 * np.tanh(0.5 * x)

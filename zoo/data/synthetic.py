@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
-from scipy.ndimage import binary_closing, binary_fill_holes
+from scipy.ndimage import binary_closing, binary_fill_holes, find_objects, gaussian_filter
 
 from zoo.data.defects import DEFECTS
 from zoo.data.scene import LOOKS, NOMINAL, Scene
@@ -39,7 +39,7 @@ FIELD = {"metal": 2000, "fine": 1000}  # nm from side to side of images of 128 p
 
 _CHOICES = {"style": STYLES, "bits": (8, 16), "bar": (0, 1)}
 _TEST_START = 1 << 32  # test indices begin here, train indices at 0
-_CONSEQUENCE = 5.0  # grey levels: smaller changes drown in the shot noise (3 to 8) and stay out of the mask
+_CONSEQUENCE = 4.0  # grey levels: smaller changes drown in the shot noise (3 to 8), fade out and leave the mask
 
 
 def render(
@@ -83,10 +83,8 @@ def render(
     mask = np.zeros((size, size), bool)
     if kind is not None:
         window, changed = DEFECTS[kind](scene, clean)
-        change = np.abs(changed - clean[window])
-        found = change > min(_CONSEQUENCE, change.max() / 2)  # never empty
-        found = binary_fill_holes(found | binary_closing(found))
-        clean[window] = changed
+        change, found = _consequence(changed - clean[window], scene.scale)
+        clean[window] += change
         image[window] = np.where(found, scene.expose(clean, bits, window), image[window])
         mask[window] = found
     if bar:
@@ -94,6 +92,17 @@ def render(
         image[-height:] = _info_bar(size, height, FIELD[style] / (NOMINAL * scene.scale), scene.look.noise, bits)
         mask[-height:] = False
     return image, mask
+
+
+def _consequence(change: np.ndarray, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """A change (H, W) that fades out where it is faint, and where it is seen: without slits, holes and whiskers."""
+    size = gaussian_filter(np.abs(change), scale, truncate=2)
+    least = max(min(_CONSEQUENCE, size.max() / 3), 0.12 * size.max())  # so that something is seen, and no wide halo
+    found = size > least
+    box = find_objects(found.astype(np.uint8))[0]
+    found[box] = binary_fill_holes(found[box] | binary_closing(found[box], iterations=max(round(4 * scale), 1)))
+    change = change * np.clip(size / least - 0.5, 0, 1)
+    return np.copysign(np.maximum(np.abs(change), found), change), found  # by one level at least
 
 
 def load_synthetic(
