@@ -215,6 +215,18 @@ def test_load_synthetic():
     assert not indices[0] & indices[1]
 
 
+def test_labelled_defects_to_learn_from():
+    plain = load_synthetic(train=5, good=3, defect=14, size=64)
+    data = load_synthetic(train=5, good=3, defect=14, train_defect=7, size=64)
+    assert data["train"]["label"] == [0] * 5 + [1] * 7
+    assert [path.split("/")[1] for path in data["train"]["path"][5:]] == list(KINDS)
+    shown = [row["image"].tobytes() for split in data.values() for row in split]
+    assert len(set(shown)) == len(shown)  # no image twice
+    assert all(row["mask"].any() for row in data["train"].select(range(5, 12)))
+    before = [row["image"].tobytes() for split in plain.values() for row in split]
+    assert before == shown[:5] + shown[12:]
+
+
 def test_loaded_rows_can_be_sliced_and_sent_to_workers():
     rows = load_synthetic(train=3, good=1, defect=3, size=32)["test"]
     batch = rows[1:3]
@@ -238,7 +250,7 @@ def test_parse_options():
     assert parse_options("train=100, size=128,seed=0") == {"train": 100, "size": 128, "seed": 0}
     assert parse_options("style=fine,bits=16,bar=1") == {"style": "fine", "bits": 16, "bar": 1}
     for text, match in {
-        "trian=5": "no option 'trian' .did you mean 'train'.*train, good, defect, size, seed, style, bits, bar",
+        "trian=5": "no option 'trian' .did you mean 'train'.*train, good, defect, train_defect, size, seed, style, bits, bar",
         "5": "no option '5'",
         "train": "write an integer",
         "train=many": "'train' is 'many'",

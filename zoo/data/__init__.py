@@ -53,7 +53,7 @@ def check_data(spec: str) -> DataSpec:
         options = synthetic.DEFAULTS | synthetic.parse_options(rest)
         text = json.dumps([SYNTHETIC_VERSION, options], sort_keys=True)
         defects = options["defect"]
-        counts = {"train": [options["train"], 0], "test": [options["good"], defects]}
+        counts = {"train": [options["train"], options["train_defect"]], "test": [options["good"], defects]}
         return DataSpec(spec, hashlib.sha256(text.encode()).hexdigest(), counts, options, None)
     if kind in ("miic", "hub") and not Path(spec).exists():
         raise ZooError(f"--data {spec}: this version reads {FORMS}.")

@@ -28,6 +28,7 @@ DEFAULTS = {
     "train": 100,
     "good": 30,
     "defect": 30,
+    "train_defect": 0,
     "size": 256,
     "seed": 0,
     "style": "metal",
@@ -109,6 +110,7 @@ def load_synthetic(
     train: int = 100,
     good: int = 30,
     defect: int = 30,
+    train_defect: int = 0,
     size: int = 256,
     seed: int = 0,
     style: str = "metal",
@@ -124,6 +126,7 @@ def load_synthetic(
         train: normal images to train on.
         good: normal images to test on; no image of train is among them.
         defect: images with a defect to test on; the kinds alternate.
+        train_defect: others with a defect in the split train, for methods that learn from labelled defects.
         size: side of the images in pixels.
         seed: which stream of images.
         style, bits, bar: as in `render`.
@@ -131,15 +134,16 @@ def load_synthetic(
     Raises:
         ZooError: a count that is not positive, a size below 32, a negative seed, an unknown style or number of bits.
     """
-    counts = {"train": train, "good": good, "defect": defect}
+    counts = {"train": train, "good": good, "defect": defect, "train_defect": train_defect}
     look = {"size": size, "seed": seed, "style": style, "bits": bits, "bar": bar}
     for key, value in (counts | look).items():
         _check_option(key, value)
     import datasets
 
-    kinds = [KINDS[i % len(KINDS)] for i in range(defect)]
+    kinds, known = ([KINDS[i % len(KINDS)] for i in range(count)] for count in (defect, train_defect))
     rows = {
-        "train": [(i, None, f"train/good/{i:05d}.png") for i in range(train)],
+        "train": [(i, None, f"train/good/{i:05d}.png") for i in range(train)]
+        + [(train + i, kind, f"train/{kind}/{i:05d}.png") for i, kind in enumerate(known)],
         "test": [(_TEST_START + i, None, f"test/good/{i:05d}.png") for i in range(good)]
         + [(_TEST_START + good + i, kind, f"test/{kind}/{i:05d}.png") for i, kind in enumerate(kinds)],
     }
@@ -197,7 +201,7 @@ def _check_option(key: str, value: int | str) -> None:
             near = _nearest(str(value), known)
             raise ZooError(f"synthetic option {key!r} is {value!r}{near}; it must be one of {', '.join(known)}")
         return
-    low = {"seed": 0, "size": MIN_SIZE}.get(key, 1)
+    low = {"seed": 0, "train_defect": 0, "size": MIN_SIZE}.get(key, 1)
     if value < low:
         raise ZooError(f"synthetic option {key!r} is {value}; it must be at least {low}")
 
