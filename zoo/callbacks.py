@@ -67,7 +67,7 @@ class Finite(L.Callback):
             where = " in another process" * finite
             self._stop(trainer, module, f"The loss is not finite{where}")
         self.good = self.next
-        self.losses.append(float(loss))
+        self.losses.append(float(loss.detach()))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: AnomalyModule, optimizer: Any) -> None:
         if trainer.precision == "16-mixed":  # its scaler looks for itself, and skips such steps

@@ -37,7 +37,7 @@ PRESETS = {
     "lite": {
         "model": {"backbone": "tf_efficientnet_lite0"},
         "data": {"batch_size": 4},
-        "trainer": {"max_steps": 300},
+        "trainer": {"max_steps": 150},
     },
 }
 
