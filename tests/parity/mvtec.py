@@ -6,14 +6,16 @@
 Fits each feature method on each class (a folder with train/good, test and ground_truth), with the hyperparameters, crop
 and steps of its original, and prints the mean over the classes beside the published one: image AUROC, pixel AUROC and
 PRO, in percent. The published figures are means over all 15 classes; with fewer the verdict is left out. CFA's figure
-is the best epoch on the test set, which we don't do: ours is the last one. `--preset lite` tries the command where the
-weights can't be had.
+is the best epoch on the test set, which we don't do: ours is the last one. A fit holds out a tenth of the normals, and
+at least 20, for its threshold, so that ours learn from fewer. With `--out` the command goes on where it was stopped.
+`--preset lite` tries it where the weights can't be had.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+from zoo.errors import ZooError
 from zoo.fit import evaluate, fit
 from zoo.run import RunOptions
 
@@ -55,7 +57,7 @@ def row(method, found, classes):
     return " | ".join([*cells, f"+-{tolerance}", source])
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="MVTec AD, unpacked: one folder a class")
     parser.add_argument("--methods", nargs="+", choices=PUBLISHED, default=list(PUBLISHED))
@@ -65,17 +67,28 @@ def main():
     parser.add_argument("--input-size", type=int, help="for a trial: a smaller input")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, help="JSON file of all figures, written after each fit")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     folders = [p for p in sorted(options.folder.iterdir()) if (p / "train" / "good").is_dir()]
     folders = [p for p in folders if not options.classes or p.name in options.classes]
     if not folders:
         parser.error(f"{options.folder} has no class folders with train/good")
-    report = {"preset": options.preset, "max_steps": options.max_steps, "figures": {}}
+    report = {"preset": options.preset, "max_steps": options.max_steps, "input_size": options.input_size, "figures": {}}
+    if options.out and options.out.exists():
+        before = json.loads(options.out.read_text())
+        if before | {"figures": {}} != report:
+            parser.error(f"{options.out} holds figures of other options; name another file")
+        report = before
     for method in options.methods:
-        found = report["figures"][method] = {}
+        found = report["figures"].setdefault(method, {})
         for folder in folders:
+            if folder.name in found:
+                continue
             print(f"{method} on {folder.name}", flush=True)
-            found[folder.name] = measure(method, folder, options)
+            try:
+                found[folder.name] = measure(method, folder, options)
+            except ZooError as error:
+                print("    left out:", error, flush=True)
+                continue
             print("   ", found[folder.name], flush=True)
             if options.out:
                 options.out.write_text(json.dumps(report, indent=1) + "\n")
@@ -84,7 +97,7 @@ def main():
         " | ".join([f"{'method':<15}", *(f"{key:>18}" for key in KEYS), "tolerance", "source of the published figure"])
     )
     for method in options.methods:
-        print(row(method, report["figures"][method], len(folders)))
+        print(row(method, report["figures"][method], len(report["figures"][method])))
 
 
 if __name__ == "__main__":
