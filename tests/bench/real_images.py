@@ -29,6 +29,7 @@ from zoo.image import read_image
 from zoo.methods import list_methods
 from zoo.run import RunOptions
 
+NAMES = {"synthetic": "synthetic", "deeppcb": "DeepPCB", "elpv": "ELPV"}
 SYNTHETIC = "synthetic:train=300,good=100,defect=105,size=224"
 
 
@@ -81,7 +82,7 @@ def run_one(method, data, size, extra, out):
 
 
 def table(report):
-    """Lines of Markdown: one for each run."""
+    """Lines of Markdown, one for each run: what the README shows."""
     head = [*METRICS.values(), "fit s", "ms/image", "peak MB"]
     lines = [f"| data | input | method | {' | '.join(head)} |", "|---" * (len(head) + 3) + "|"]
     for data, found in report.items():
@@ -89,7 +90,7 @@ def table(report):
             figures = [f"{run['metrics'][key]:.3f}" if key in run["metrics"] else "-" for key in METRICS]
             cost = f"{run['seconds']['fit']:.0f} | {run['ms_per_image']:.0f} | {run['peak_memory_mb']:.0f}"
             size = run["configuration"]["model"]["input_size"]
-            lines.append(f"| {data} | {size} | {run['method']} | {' | '.join(figures)} | {cost} |")
+            lines.append(f"| {NAMES[data]} | {size} | `{run['method']}` | {' | '.join(figures)} | {cost} |")
     return "\n".join(lines)
 
 

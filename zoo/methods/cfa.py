@@ -35,9 +35,9 @@ PRESETS = {
     "paper224": {"data": {"batch_size": 4}, "trainer": {"max_epochs": 30}},
     "mvtec_steps": {"data": {"batch_size": 4}, "trainer": {"max_steps": 1800}},  # 30 epochs of 60 steps
     "lite": {
-        "model": {"backbone": "tf_efficientnet_lite0"},
+        "model": {"backbone": "tf_efficientnet_lite0", "lr": 0.002},
         "data": {"batch_size": 4},
-        "trainer": {"max_steps": 150},
+        "trainer": {"max_steps": 240},
     },
 }
 
