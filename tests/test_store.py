@@ -188,6 +188,9 @@ def test_a_store_begun_of_other_images_is_kept(tmp_path, capsys):
     assert prepare(data, "--size", 40, "--out", place, "--skip-broken") == 2
     assert "have changed" in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in partial.iterdir()} == before
+    (partial / "source.json").write_text("{}")
+    assert prepare(data, "--size", 40, "--out", place, "--skip-broken") == 2
+    assert "another version" in capsys.readouterr().err
     shutil.rmtree(partial)
     assert prepare(data, "--size", 40, "--out", place, "--skip-broken") == 0
 
@@ -276,7 +279,7 @@ def test_labels_and_names_are_part_of_the_fingerprint(tmp_path):
     assert prints[0] != prints[1] == check_data(str(tmp_path / "c" / "store")).fingerprint
 
 
-def test_what_the_system_refuses_is_told_as_such(stored, monkeypatch):
+def test_what_the_system_refuses_is_told_as_such(stored):
     (stored / "train-00000.npy").unlink()
     (stored / "train-00000.npy").mkdir()
     with pytest.raises(ZooError, match="could not be read .*Is a directory"):

@@ -186,10 +186,11 @@ def _digest(value: Any) -> str:
 def _refuse_other(place: Path, found: dict[str, Any], source: dict[str, Any], size: tuple[int, int]) -> None:
     """What is there, whole or begun, must be of the same images."""
     remedy, was = f"remove {place} or name another folder by --out.", found.get("source", {})
-    same = (found.get("format_version"), found.get("size")) == (FORMAT_VERSION, list(size))
-    if not same or was | {"files": source["files"]} != source:
-        begun = "a store begun of" if place.suffix == ".partial" else "a store of"
-        raise ZooError(f"{place} is {begun} other data or another size; {remedy}")
+    kind = "store begun" if place.suffix == ".partial" else "store"
+    if found.get("format_version") != FORMAT_VERSION:
+        raise ZooError(f"{place} is a {kind} by another version of zoo; {remedy}")
+    if found["size"] != list(size) or was | {"files": source["files"]} != source:
+        raise ZooError(f"{place} is a {kind} of other data or another size; {remedy}")
     if was["files"] != source["files"]:
         raise ZooError(f"The files of {source['name']} have changed since {place} was made of them; {remedy}")
 
