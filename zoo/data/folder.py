@@ -11,6 +11,7 @@ import hashlib
 import os
 import unicodedata
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -111,11 +112,28 @@ def fingerprint(items: dict[str, list[Item]]) -> str:
     lines = []
     for split, members in items.items():
         for item in members:
-            line = (split, _portable(item.name), item.label, _size(item.path))
+            line = (split, _portable(item.name), item.label, _status(item.path).st_size)
             if item.mask:
                 root = item.path[: -len(item.name)]
-                line += (_portable(item.mask.removeprefix(root).replace(os.sep, "/")), _size(item.mask))
+                line += (_portable(item.mask.removeprefix(root).replace(os.sep, "/")), _status(item.mask).st_size)
             lines.append(line)
+    return hashlib.sha256("\n".join(map(repr, sorted(lines))).encode()).hexdigest()
+
+
+def files_digest(items: dict[str, list[Item]]) -> str:
+    """SHA-256 (hex) of names, sizes in bytes and modification times in ns of all images and masks that `scan` found.
+
+    It tells whether files were written since, on this machine: a copy of them has another one.
+
+    Raises:
+        ZooError: a file has gone since the scan.
+    """
+    lines = []
+    for item in chain.from_iterable(items.values()):
+        root = item.path[: -len(item.name)]
+        for path in filter(None, (item.path, item.mask)):
+            status = _status(path)
+            lines.append((path.removeprefix(root), status.st_size, status.st_mtime_ns))
     return hashlib.sha256("\n".join(map(repr, sorted(lines))).encode()).hexdigest()
 
 
@@ -319,8 +337,8 @@ def _portable(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _size(path: str) -> int:
+def _status(path: str) -> os.stat_result:
     try:
-        return os.stat(path).st_size
+        return os.stat(path)
     except OSError as error:
         raise ZooError(f"{path} cannot be read ({error.strerror}); restore it or scan the folder again") from None

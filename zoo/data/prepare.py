@@ -1,9 +1,11 @@
 """`zoo data prepare`: what it says, where the store goes, and when there is nothing to do."""
 
+import os
 from pathlib import Path
+from typing import Any
 
 from zoo import hub
-from zoo.data import check_data, load_data, store
+from zoo.data import check_data, folder, load_data, store
 from zoo.errors import ZooError
 
 
@@ -21,25 +23,24 @@ def prepare_data(
         The folder, which is DATA from then on.
 
     Raises:
-        ZooError: another thing lies there, or as `zoo.data.store.prepare`.
+        ZooError: another thing lies there, a mount point, or as `zoo.data.store.prepare`.
     """
     spec = check_data(data)
     if spec.path is not None and (spec.path / store.INDEX).is_file():
         raise ZooError(f"{data} is prepared already; use it as --data {data}.")
-    source = {"name": spec.name, "fingerprint": spec.fingerprint, "counts": spec.counts}
-    place = Path(out).expanduser().absolute() if out else hub.store_place(spec.name, spec.fingerprint, size)
+    files = None if spec.path is None else folder.files_digest(folder.scan(spec.path))
+    source = {"name": spec.name, "fingerprint": spec.fingerprint, "counts": spec.counts, "files": files}
+    place = Path(out).expanduser() if out else hub.store_place(spec.name, spec.fingerprint, size)
+    place = Path(os.path.realpath(place))  # a link stays one, whatever it leads to
     shape = size[0] if size[0] == size[1] else str(list(size)).replace(" ", "")
     following = f"Next: zoo fit METHOD --data {place} --input-size {shape} --name NAME"
-    if (place / store.INDEX).is_file():
-        index = store.read_index(place)
-        if index["source"] != source or index["size"] != list(size):
-            raise ZooError(f"{place} holds other data or another size; remove it or name another folder by --out.")
-        damaged = store.damaged_blocks(place)
-        if damaged:
-            raise ZooError(f"{place / damaged[0]} is missing or damaged; remove {place} and prepare the data anew.")
+    if index := store.find(place, source, size, skip_broken):
+        _print_left_out(index)
         print(f"{data} is prepared already, and whole, in {place}.\n{following}")
         return place
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+    if place.is_mount():
+        raise ZooError(f"{place} is a mount point, which can't be replaced; name a folder inside it by --out.")
+    if os.path.lexists(place) and (not place.is_dir() or any(place.iterdir())):
         raise ZooError(f"{place} exists and is no store; name another folder by --out.")
     total = sum(map(sum, spec.counts.values()))
     print(f"Preparing {total:,} images at {size[0]} x {size[1]}: {total * size[0] * size[1] / 1e6:,.0f} MB at 8 bits.")
@@ -50,11 +51,14 @@ def prepare_data(
         index = store.prepare(
             load_data(spec), source, place, size, workers, skip_broken, lambda done: bar.update(task, completed=done)
         )
-    blocks = [block for split in store.SPLITS for block in index["blocks"][split]]
-    for name, reason in (broken for block in blocks for broken in block["broken"]):
-        print(f"Left out {name}: {reason}")
-    if colour := sum(block["colour"] for block in blocks):
+    _print_left_out(index)
+    if colour := sum(block["colour"] for split in store.SPLITS for block in index["blocks"][split]):
         print(f"{colour:,} images are in colour; the store keeps the mean of their channels.")
     kept = sum(map(sum, index["counts"].values()))
     print(f"Stored {kept:,} images in {place}.\n{following}")
     return place
+
+
+def _print_left_out(index: dict[str, Any]) -> None:
+    for name, reason in store.left_out(index):
+        print(f"Left out {name}: {reason}")

@@ -1,7 +1,8 @@
 """A prepared data set: decoded once, grey, at the working size, in memory-mapped blocks that are checked when read.
 
-A store is a folder: `store.json` (what it was made from, its rows, the SHA-256 of each block) and blocks of 512 images,
-`train-00000.npy` (N, H, W) uint8 or uint16, with the masks of its defects in `train-00000.masks.npy` (M, H, W) bool.
+A store is a folder: `store.json` (what it was made from, its rows, the SHA-256 of each block and of itself) and blocks
+of up to 512 images, `train-00000.npy` (N, H, W) uint8 or uint16, with the masks of its defects in
+`train-00000.masks.npy` (M, H, W) bool.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import mmap
 import os
 import shutil
 from bisect import bisect_right
@@ -31,10 +33,10 @@ from zoo.errors import ZooError
 if TYPE_CHECKING:
     import datasets
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX = "store.json"
-BLOCK = 512  # images; what a run that was killed does again
-CHUNK = 16  # images that a thread decodes at once
+BLOCK, BLOCK_BYTES = 512, 64 * 2**20  # images and their bytes at most; what a run that was killed does again
+OPEN = 128  # blocks of one kind that are mapped at once: each takes a file descriptor
 SPLITS = ("train", "test")
 
 
@@ -42,23 +44,51 @@ def read_index(place: Path) -> dict[str, Any]:
     """The checked `store.json` of a store.
 
     Raises:
-        ZooError: damaged, or of a newer format.
+        ZooError: damaged, or of another format.
     """
+    path, remedy = place / INDEX, f"remove {place}, then zoo data prepare DATA."
     try:
-        index = json.loads((place / INDEX).read_text(encoding="utf-8"))
+        index = json.loads(path.read_text(encoding="utf-8"))
         version = index["format_version"]
-        missing = {"name", "fingerprint", "source", "size", "counts", "blocks"} - index.keys()
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ZooError(f"{place / INDEX} is damaged; prepare the data anew: zoo data prepare DATA.") from error
-    if version != FORMAT_VERSION or missing:
-        raise ZooError(f"{place / INDEX} has format version {version}, not {FORMAT_VERSION}; prepare the data anew.")
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ZooError(f"{path} is damaged; {remedy}") from error
+    if version != FORMAT_VERSION:
+        raise ZooError(f"{path} has format version {version}, not {FORMAT_VERSION}; {remedy}")
+    if index.pop("sha256", None) != _digest(index):
+        raise ZooError(f"{path} is damaged; {remedy}")
     return index
 
 
-def damaged_blocks(place: Path) -> list[str]:
-    """Names of the files of a store that are missing or differ from its index."""
-    blocks = [block for split in SPLITS for block in read_index(place)["blocks"][split]]
-    return [name for block in blocks for name, digest in block["sha256"].items() if _hash(place / name) != digest]
+def find(
+    place: Path, source: dict[str, Any], size: tuple[int, int], skip_broken: bool = False
+) -> dict[str, Any] | None:
+    """The index of a store that is there already, every block checked; None if there is none.
+
+    Raises:
+        ZooError: it is of other data or another size, its files have changed since, a block is damaged, or it lacks
+            images that can't be read without `skip_broken`.
+    """
+    if not (place / INDEX).is_file():
+        return None
+    index = read_index(place)
+    _refuse_other(place, index, source, size)
+    for block in _blocks(index):
+        for name, digest in block["sha256"].items():
+            if _hash(place / name) != digest:
+                raise _damaged(place / name)
+    if (broken := left_out(index)) and not skip_broken:
+        raise ZooError(
+            f"{place} lacks {_names(broken)}, which can't be read; take it so by --skip-broken, or replace them and "
+            f"remove {place}."
+        )
+    return index
+
+
+def left_out(index: dict[str, Any]) -> list[list[str]]:
+    """[name, reason] of each image that can't be read."""
+    return [broken for block in _blocks(index) for broken in block["broken"]]
 
 
 def prepare(
@@ -74,7 +104,8 @@ def prepare(
 
     Args:
         data: splits with columns image, mask, label, path.
-        source: `name`, `fingerprint` and `counts` of what it is made from.
+        source: `name`, `fingerprint` and `counts` of what it is made from, and `files`, a digest of the times of its
+            files, or None if it isn't files.
         place: folder of the store; it appears when all is done.
         size: (height, width) of the stored images: bilinear with antialias, rounded to the nearest grey level; masks by
             nearest. Colour is averaged.
@@ -83,16 +114,25 @@ def prepare(
         tick: told the images done so far.
 
     Returns:
-        The index, as it was written.
+        The index, as it was written, or as `find` finds it.
 
     Raises:
-        ZooError: an image that can't be read, named, a disk that refuses, or another process that does the same.
+        ZooError: an image that can't be read, named, no normal image to train on, a store begun from other images, a
+            disk that refuses, another process that does the same, or as `find`.
     """
     partial = place.with_name(f".{place.name}.partial")
     about = {"format_version": FORMAT_VERSION, "source": source, "size": list(size)}
+    block_size = _block_size(size)
     with _alone(place):
+        if index := find(place, source, size, skip_broken):  # another process has made it meanwhile
+            return index
+        if place.is_dir():
+            place.rmdir()  # empty: what can't be replaced is known now, not when all is decoded
         partial.mkdir(exist_ok=True)
-        if _json(partial / "source.json") != json.loads(dump(about)):
+        begun = _json(partial / "source.json") or {}
+        if begun != about:
+            if any(partial.glob("*-*.json")):  # finished blocks
+                _refuse_other(partial, begun, source, size)
             shutil.rmtree(partial)
             partial.mkdir()
             write_text(partial / "source.json", dump(about))
@@ -100,7 +140,7 @@ def prepare(
         done = 0
         for split in SPLITS:
             rows = data[split]
-            parts = [range(first, min(first + BLOCK, len(rows))) for first in range(0, len(rows), BLOCK)]
+            parts = [range(first, min(first + block_size, len(rows))) for first in range(0, len(rows), block_size)]
             stems = [partial / f"{split}-{i:05d}" for i in range(len(parts))]
             blocks[split] = [_finished(stem, skip_broken) for stem in stems]
             missing = [i for part, block in zip(parts, blocks[split], strict=True) if block is None for i in part]
@@ -110,17 +150,62 @@ def prepare(
                     blocks[split][i] = _write_block(stem, islice(decoded, len(part)))
                 done += len(part)
                 tick(done)
+            if split == "train" and not any(0 in block["labels"] for block in blocks[split]):
+                broken = [image for block in blocks[split] for image in block["broken"]]
+                shutil.rmtree(partial)
+                raise ZooError(
+                    f"{source['name']} has no normal image to train on that can be read (left out: {_names(broken)}); "
+                    "replace or add some."
+                )
         counts = {s: [sum(b["labels"].count(label) for b in blocks[s]) for label in (0, 1)] for s in SPLITS}
-        hashes = [block["sha256"] for split in SPLITS for block in blocks[split]]
-        fingerprint = hashlib.sha256(dump([about, hashes]).encode()).hexdigest()
-        index = {"format_version": FORMAT_VERSION, "name": source["name"], "fingerprint": fingerprint, "counts": counts}
-        index |= {"source": source, "size": list(size), "blocks": blocks}
-        write_text(partial / INDEX, dump(index))
+        index = about | {"name": source["name"], "counts": counts, "blocks": blocks}
+        content = [{key: block[key] for key in ("paths", "labels", "masks", "sha256")} for block in _blocks(index)]
+        identity = {key: source[key] for key in ("name", "fingerprint", "counts")}  # the same on each machine
+        index["fingerprint"] = _digest([FORMAT_VERSION, identity, size, content])
+        write_text(partial / INDEX, dump(index | {"sha256": _digest(index)}))
         os.rename(partial, place)
-        for leftover in [*place.glob("*.json")]:  # what an unfinished store needs
-            if leftover.name != INDEX:
-                leftover.unlink()
+        kept = {INDEX}.union(*(block["sha256"] for block in _blocks(index)))
+        for leftover in [path for path in place.iterdir() if path.name not in kept]:  # what an unfinished store needs
+            leftover.unlink()
     return index
+
+
+def _block_size(size: tuple[int, int]) -> int:
+    """Images a block, so that one of 16 bits stays below `BLOCK_BYTES`."""
+    return min(max(BLOCK_BYTES // (2 * size[0] * size[1]), 1), BLOCK)
+
+
+def _blocks(index: dict[str, Any]) -> list[dict[str, Any]]:
+    return [block for split in SPLITS for block in index["blocks"][split]]
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _refuse_other(place: Path, found: dict[str, Any], source: dict[str, Any], size: tuple[int, int]) -> None:
+    """What is there, whole or begun, must be of the same images."""
+    remedy, was = f"remove {place} or name another folder by --out.", found.get("source", {})
+    kind = "store begun" if place.suffix == ".partial" else "store"
+    if found.get("format_version") != FORMAT_VERSION:
+        raise ZooError(f"{place} is a {kind} by another version of zoo; {remedy}")
+    if found["size"] != list(size) or was | {"files": source["files"]} != source:
+        raise ZooError(f"{place} is a {kind} of other data or another size; {remedy}")
+    if was["files"] != source["files"]:
+        raise ZooError(f"The files of {source['name']} have changed since {place} was made of them; {remedy}")
+
+
+def _names(broken: list[list[str]]) -> str:
+    names = [name for name, _ in broken]
+    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
+
+
+def _damaged(path: Path) -> ZooError:
+    return ZooError(f"{path} is missing or damaged; remove {path.parent}, then zoo data prepare DATA.")
+
+
+def _unreadable(path: Path, error: Exception) -> ZooError:
+    return ZooError(f"{path} could not be read ({error}); check its permissions, the disk and ulimit -n.")
 
 
 @contextmanager
@@ -130,8 +215,10 @@ def _alone(place: Path) -> Iterator[None]:
         place.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(place.with_name(f".{place.name}.lock"))  # let go of by a process that is killed
         with lock.acquire(timeout=0):
-            yield
-            Path(lock.lock_file).unlink()
+            try:
+                yield
+            finally:
+                Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody else's
     except Timeout:
         raise ZooError(f"Another process prepares {place}; wait for it, or name another folder by --out.") from None
     except OSError as error:
@@ -155,11 +242,14 @@ def _finished(stem: Path, skip_broken: bool) -> dict[str, Any] | None:
 
 
 def _hash(path: Path) -> str | None:
+    """SHA-256 of a file; None if there is none."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        raise _unreadable(path, error) from error
 
 
 def _write_block(stem: Path, decoded: Iterable[tuple]) -> dict[str, Any]:
@@ -208,12 +298,14 @@ def _decoded(rows: datasets.Dataset, size: tuple[int, int], workers: int, skip_b
     Threads suffice: decoding and products of matrices let go of Python's lock, and nothing is copied between processes.
     """
     ahead: deque[Future] = deque()
+    block_size = _block_size(size)
+    step = max(block_size // 32, 1)  # images that a thread decodes at once
     with ThreadPoolExecutor(max(workers, 1)) as pool:
         try:
-            for first in range(0, len(rows), CHUNK):
-                chunk = range(first, min(first + CHUNK, len(rows)))
+            for first in range(0, len(rows), step):
+                chunk = range(first, min(first + step, len(rows)))
                 ahead.append(pool.submit(_decode, rows, chunk, size, skip_broken))
-                if len(ahead) > BLOCK // CHUNK:  # while a block is written
+                if len(ahead) > max(block_size // step, workers):  # while a block is written
                     yield from ahead.popleft().result()
             while ahead:
                 yield from ahead.popleft().result()
@@ -243,7 +335,7 @@ def _shrink(array: np.ndarray, mask: np.ndarray | None, name: str, size: tuple[i
     if array.dtype == np.float32:
         array = to_tensor(array, name).movedim(0, -1).numpy() * 65535  # checked to lie in [0, 1]
         array = array[..., 0] if array.shape[2] == 1 else array
-    colour = array.ndim == 3 and bool((array != array[..., :1]).any())
+    colour = array.ndim == 3 and not all(np.array_equal(array[..., 0], array[..., i]) for i in (1, 2))
     if array.ndim == 3:
         array = array.mean(2) if colour else array[..., 0]
     grey = resize_grey(array.astype(np.float32), size)
@@ -340,19 +432,36 @@ class _Stack:
         counts = [_masks(block) if "masks" in ending else len(block["paths"]) for _, block in kept]
         self.starts = [0, *np.cumsum(counts).tolist()]
         self.maps: dict[int, np.ndarray] = {}
+        # A byte a block, shared with forked workers: each epoch has new ones, which need not hash all again.
+        self.checked = mmap.mmap(-1, max(len(kept), 1))
 
     def __getitem__(self, number: int) -> np.ndarray:
         block = bisect_right(self.starts, number) - 1
         if block not in self.maps:
-            path = self.paths[block]
-            if _hash(path) != self.hashes[block]:
-                raise ZooError(f"{path} is missing or damaged; remove {path.parent} and prepare the data anew.")
-            self.maps[block] = np.load(path, mmap_mode="r", allow_pickle=False)
+            if len(self.maps) == OPEN:
+                del self.maps[next(iter(self.maps))]
+            self.maps[block] = self._map(block)
         return np.array(self.maps[block][number - self.starts[block]])
+
+    def _map(self, block: int) -> np.ndarray:
+        path = self.paths[block]
+        if not self.checked[block]:
+            if _hash(path) != self.hashes[block]:
+                raise _damaged(path)
+            self.checked[block] = 1
+        try:
+            return np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise _unreadable(path, error) from error
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process: it maps the blocks itself."""
-        return self.__dict__ | {"maps": {}}
+        return self.__dict__ | {"maps": {}, "checked": self.checked[:]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state
+        self.checked = mmap.mmap(-1, len(state["checked"]))
+        self.checked[:] = state["checked"]
 
 
 def _masks(block: dict[str, Any]) -> int:
