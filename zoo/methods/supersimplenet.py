@@ -47,9 +47,10 @@ PRESETS = {
             "perlin_threshold": 0.4,  # small blobs: the mean over the image must not give the noise away
             "segmentation_lr": 1e-3,
             "classification_lr": 1e-3,
+            "milestones": [0.5, 0.7, 0.9],  # so few steps settle only at lower rates
         },
         "data": {"batch_size": 1},  # many small steps: the heads need more of them than of images
-        "trainer": {"max_steps": 900},
+        "trainer": {"max_steps": 500},
     },
 }
 
