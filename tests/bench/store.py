@@ -4,9 +4,10 @@
 
 JPEG files of synthetic images, 512 x 512, are written first. Decoded: JPEG to grey at 224 as `zoo data prepare` does
 it, against PIL's plain path (a loop: open, convert to L, resize, array), the same files, warm, in turn three times. The
-command has two threads on two cores, which the limit is for; thread against thread is told beside it. Made: the whole store, masks, hashes and writing included. Read: images/s of the data module's
-training batches at 224. Seen: scores of one PatchCore from files and store on good and defective images, and
-how far noise of the rounding's size, uniform within half a grey level, moves those of the files.
+command has two threads on two cores, which the limit is for; thread against thread is told beside it. Made: the whole
+store, masks, hashes and writing included. Read: images/s of the data module's training batches at 224. Seen: scores of
+one PatchCore from files and store on good and defective images, and how far noise of the rounding's size, uniform
+within half a grey level, moves those of the files.
 """
 
 import argparse
