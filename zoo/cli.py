@@ -116,7 +116,12 @@ def fit(argv: list[str]) -> None:
     )
     parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
     parser.add_argument("--name", type=str | None, default=None, help="name of the model in the local registry")
-    parser.add_argument("--preset", type=str | None, default=preset, help="original, paper224 or lite; null: paper224")
+    parser.add_argument(
+        "--preset",
+        type=str | None,
+        default=preset,
+        help="original, paper224, lite or, of methods that take steps, mvtec_steps; null: paper224",
+    )
     sections = presets(method, preset or "paper224") if method else {}
     of_data = sections.get("data", {})
     _data_options(parser, of_data)
@@ -224,9 +229,10 @@ def predict(argv: list[str]) -> None:
         model, images, Path(options.out), options.batch_size, options.skip_broken, _run(options, model.precision)
     )
     found = sum(row["verdict"].startswith("anomalous") for row in rows)
-    print(f"Scored {len(rows)} images, {found} called anomalous; results are in {options.out}.")
+    called = f"{found} called anomalous" if model.calibration else "without verdicts"
+    print(f"Scored {len(rows)} images, {called}; results are in {options.out}.")
     if not model.calibration:
-        print("The model has no threshold, so there are no verdicts: its fit had too few images to hold some out.")
+        print("The model has no threshold: its fit held no images out, or was stopped before it scored them.")
     elif not model.calibration.calibrated:
         print("The verdicts are uncalibrated: the threshold comes from a few held-out normals, no rate is stated.")
 

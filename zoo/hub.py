@@ -63,7 +63,8 @@ def find_model(name: str | Path) -> Path:
         return place
     known = list_models()
     near = difflib.get_close_matches(place.name, known, n=3) or known[:5]
-    hint = f"there are {', '.join(near)}" if near else "the local registry is empty"
+    more = f" and {len(known) - len(near)} more" if len(known) > len(near) else ""
+    hint = f"there are {', '.join(near)}{more}" if near else "the local registry is empty"
     raise ZooError(f"No model {name!r} ({hint}); train it: zoo fit METHOD --data DATA --name {name}.")
 
 

@@ -43,7 +43,10 @@ def prepare_data(
     if os.path.lexists(place) and (not place.is_dir() or any(place.iterdir())):
         raise ZooError(f"{place} exists and is no store; name another folder by --out.")
     total = sum(map(sum, spec.counts.values()))
-    print(f"Preparing {total:,} images at {size[0]} x {size[1]}: {total * size[0] * size[1] / 1e6:,.0f} MB at 8 bits.")
+    megabytes = total * size[0] * size[1] / 1e6
+    print(
+        f"Preparing {total:,} images at {size[0]} x {size[1]}: {megabytes:,.0f} MB, twice that where they have 16 bits."
+    )
     from rich.progress import Progress
 
     with Progress(disable=not progress, transient=True) as bar:
