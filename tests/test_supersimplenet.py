@@ -514,7 +514,7 @@ def test_without_planned_epochs_the_schedule_counts_steps():
 
 def test_planned_steps_are_what_the_schedule_counts():
     """`fit` turns planned steps into whole epochs, which would be too coarse a measure."""
-    model = build()
+    model = build(milestones=[0.8, 0.9])
     model.plan = {"max_steps": 40}
     model._trainer = L.Trainer(max_epochs=4, logger=False, accelerator="cpu", enable_checkpointing=False)
     schedule = model.configure_optimizers()["lr_scheduler"]
