@@ -13,7 +13,13 @@ from zoo.data.datamodule import AnomalyDataModule
 from zoo.methods import create_model, list_methods
 
 SIZE = 64
-SMALL = {"patchcore": {"bank_size": 200, "working_set": 2}, "padim": {"dims": 30}}
+SMALL = {
+    "fanogan": {"width": 2},
+    "ganomaly": {"width": 4},
+    "padim": {"dims": 30},
+    "patchcore": {"bank_size": 200, "working_set": 2},
+    "riad": {"width": 2},
+}
 TRAIN, TEST = 67, (7, 6)  # 20 are held out
 
 

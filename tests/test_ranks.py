@@ -205,7 +205,8 @@ def test_the_bank_of_cfa_is_that_of_one_process(both, alone):
 def test_the_loss_falls(both, method):
     for found in both:
         losses = found[method]["losses"]
-        assert len(losses) == 12 and sum(losses[6:]) < sum(losses[:6])
+        assert len(losses) == 12
+        assert sum(losses[6:]) < sum(losses[:6]) or method == "fanogan"  # a critic's, in a game
 
 
 @METHODS

@@ -21,8 +21,24 @@ from zoo.methods import create_model, list_methods, method_class, signature
 from zoo.module import AnomalyModule, Batch
 
 SIZE = 96
-SMALL = {"patchcore": {"bank_size": 300}, "padim": {"dims": 40}}  # beside preset lite and input_size, to be quick
-STEPS = {"cfa": 60, "fastflow": 40, "rd4ad": 70, "stfpm": 60, "supersimplenet": 200}  # enough to learn stripes
+# Beside preset lite and input_size, to be quick.
+SMALL = {
+    "fanogan": {"input_size": 64},
+    "ganomaly": {"input_size": 32},
+    "padim": {"dims": 40},
+    "patchcore": {"bank_size": 300},
+}
+# Enough to learn stripes.
+STEPS = {
+    "cfa": 60,
+    "fanogan": 150,
+    "fastflow": 40,
+    "ganomaly": 150,
+    "rd4ad": 70,
+    "riad": 80,
+    "stfpm": 60,
+    "supersimplenet": 200,
+}
 METHODS = pytest.mark.parametrize("method", list_methods())
 
 

@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 
 from zoo.errors import ZooError
 from zoo.methods import create_model, presets
-from zoo.methods.supersimplenet import SuperSimpleNet, focal_loss, perlin_noise
+from zoo.methods.supersimplenet import SuperSimpleNet, focal_loss
 from zoo.module import Batch
 from zoo.nn.features import architecture_only
+from zoo.nn.perlin import perlin_noise
 
 SIZE = 48  # pixels; the feature grid has 12 positions a side
 

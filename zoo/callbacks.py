@@ -25,10 +25,10 @@ class MaxSteps(L.Callback):
         self.steps = steps
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        trainer.should_stop = trainer.global_step >= self.steps
+        trainer.should_stop = module.steps_taken >= self.steps
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        trainer.should_stop = trainer.should_stop or trainer.global_step >= self.steps
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        trainer.should_stop = trainer.should_stop or module.steps_taken >= self.steps
 
 
 class NotFinite(ZooError):
@@ -43,8 +43,8 @@ class Finite(L.Callback):
     """Stops a fit at a loss or gradient that is not finite, and gives the module its last good state.
 
     The weights just before may have been ruined already. Good are those that `KeepBest` likes best, if there are any;
-    else those at the end of the tenth of the fit with the lowest loss, once they have given a finite loss; else the
-    first ones.
+    else those at the end of the tenth of the fit with the lowest loss, once they have given a finite loss (of the last
+    phase, as losses of several can't be compared); else the first ones.
 
     Args:
         steps: optimiser steps of the whole fit.
@@ -58,8 +58,8 @@ class Finite(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: AnomalyModule, *_: Any) -> None:
         if self.good is None:
-            self.good = self.next = (trainer.global_step, _learned_state(module))
-            self.end = trainer.global_step + self.every
+            self.good = self.next = (module.steps_taken, _learned_state(module))
+            self.end = module.steps_taken + self.every
 
     def on_before_backward(self, trainer: L.Trainer, module: AnomalyModule, loss: Tensor) -> None:
         finite = bool(loss.isfinite())
@@ -77,12 +77,13 @@ class Finite(L.Callback):
             self._stop(trainer, module, "The gradient is not finite")
 
     def on_train_batch_end(self, trainer: L.Trainer, module: AnomalyModule, *_: Any) -> None:
-        if trainer.global_step < self.end:
+        if module.steps_taken < self.end:
             return
         mean = sum(self.losses) / len(self.losses)
-        if mean <= self.lowest:
-            self.lowest, self.next = mean, (trainer.global_step, _learned_state(module))
-        self.losses, self.end = [], trainer.global_step + self.every
+        new = bool(module.phases) and not torch.equal(self.next[1]["phase"], module.phase.cpu())
+        if new or mean <= self.lowest:
+            self.lowest, self.next = mean, (module.steps_taken, _learned_state(module))
+        self.losses, self.end = [], module.steps_taken + self.every
 
     def _stop(self, trainer: L.Trainer, module: AnomalyModule, what: str) -> None:
         best = [(keeper.step, keeper.state) for keeper in trainer.callbacks if isinstance(keeper, KeepBest)]
@@ -92,7 +93,7 @@ class Finite(L.Callback):
         cure = f"lower {' or '.join(rates) or 'the learning rate'}"
         if trainer.precision != "32-true":
             cure += ", or fit with --precision 32-true"
-        raise NotFinite(f"{what} at step {trainer.global_step + 1}; {cure}", step)
+        raise NotFinite(f"{what} at step {module.steps_taken + 1}; {cure}", step)
 
 
 def _learned_state(module: AnomalyModule) -> dict[str, Tensor]:
@@ -110,7 +111,7 @@ class Losses(L.Callback):
 
     Attributes:
         history: for the record, a tenth of the fit each: {"step": ..., "loss": ..., "loss_<part>": ...}, and
-            what else the method tells.
+            what else the method tells, each as the mean over the steps that told it.
         resumed_at: step at which this process began.
     """
 
@@ -118,36 +119,38 @@ class Losses(L.Callback):
         self.steps, self.say = steps, say
         self.history: list[dict[str, float]] = []
         self.sums: dict[str, Tensor] = {}  # over the batches of this tenth, so far
-        self.batches, self.tenth = 0, 0
+        self.counts: dict[str, int] = {}
+        self.tenth = 0
 
     def on_train_start(self, trainer: L.Trainer, module: AnomalyModule) -> None:
-        self.resumed_at = trainer.global_step
-        self._start(trainer)
+        self.resumed_at = module.steps_taken
+        self._start(module)
 
-    def _start(self, trainer: L.Trainer) -> None:
-        self.first, self.begin = trainer.global_step, time.monotonic()
+    def _start(self, module: AnomalyModule) -> None:
+        self.first, self.begin = module.steps_taken, time.monotonic()
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        logged = {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}
-        self.sums = {name: self.sums.get(name, 0) + value for name, value in logged.items()}
-        self.batches += 1
-        step, seconds = trainer.global_step, time.monotonic() - self.begin
+    def on_train_batch_end(self, trainer: L.Trainer, module: AnomalyModule, *_: Any) -> None:
+        for name, value in module.told.items():
+            self.sums[name] = self.sums.get(name, 0) + value.cpu()
+            self.counts[name] = self.counts.get(name, 0) + 1
+        step, seconds = module.steps_taken, time.monotonic() - self.begin
         tenth = step * PARTS // self.steps
         if not (tenth > self.tenth or seconds > PATIENCE) or not self.sums:
             return
-        means = {name: float(value) / self.batches for name, value in self.sums.items()}
+        means = {name: float(value) / self.counts[name] for name, value in self.sums.items()}
         if tenth > self.tenth:
             self.history.append({"step": step, **{name: float(f"{mean:.6g}") for name, mean in means.items()}})
-            self.sums, self.batches, self.tenth = {}, 0, tenth
+            self.sums, self.counts, self.tenth = {}, {}, tenth
         parts = ", ".join(f"{name.removeprefix('loss_')} {mean:.4g}" for name, mean in means.items() if name != "loss")
         speed = (step - self.first) / seconds
         left = f", {_duration((self.steps - step) / speed)} left" if step < self.steps and speed else ""
-        loss = f"loss {means['loss']:.4g}" + (f" ({parts})" if parts else "")
+        phase = f"{module.phases[int(module.phase)]} " if module.phases else ""
+        loss = f"{phase}loss {means['loss']:.4g}" + (f" ({parts})" if parts else "")
         self.say(f"Step {step} of {self.steps}: {loss}, {speed:.3g} steps/s{left}.")
-        self._start(trainer)
+        self._start(module)
 
     def state_dict(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("history", "sums", "batches", "tenth")}
+        return {key: getattr(self, key) for key in ("history", "sums", "counts", "tenth")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -173,11 +176,11 @@ class KeepBest(L.Callback):
         self.state: dict[str, Tensor] = {}
 
     def on_train_batch_end(self, trainer: L.Trainer, module: AnomalyModule, *_: Any) -> None:
-        if trainer.global_step >= self.last + self.every:
+        if module.steps_taken >= self.last + self.every:
             self._measure(trainer, module)
 
     def on_train_end(self, trainer: L.Trainer, module: AnomalyModule) -> None:
-        if trainer.global_step > self.last:
+        if module.steps_taken > self.last:
             self._measure(trainer, module)
 
     def on_fit_end(self, trainer: L.Trainer, module: AnomalyModule) -> None:  # also where a resume had nothing left
@@ -194,9 +197,9 @@ class KeepBest(L.Callback):
         with trainer.precision_plugin.forward_context():
             value = (_mean_map if self.rule == "normal" else self._metric)(module, self.batches())
         module.train()
-        self.last = trainer.global_step
+        self.last = module.steps_taken
         if not self.state or (value < self.value if self.rule == "normal" else value > self.value):
-            self.step, self.value = trainer.global_step, value
+            self.step, self.value = module.steps_taken, value
             self.state = _learned_state(module)
 
     def _metric(self, module: AnomalyModule, batches: Iterable[list[Batch]]) -> float:

@@ -118,6 +118,8 @@ def fit(
     options = DataOptions(**(presets(method, preset).get("data", {}) | (data_options or {})))
     plan = plan_training(method, preset, trainer_options or {})
     model.plan = asdict(plan) if plan else {}
+    if plan and plan.accumulate > 1 and not model.automatic_optimization:
+        raise ZooError(f"{method} takes several steps of its own on a batch; leave --accumulate out.")
     model.view = {"resize": options.resize, "crop": options.crop}
     by_metric = plan is not None and plan.select not in ("last", "normal")
     module = AnomalyDataModule(
@@ -153,7 +155,7 @@ def fit(
     defects = module.num_defects if model.uses_defects else 0
     result = {
         "method": method,
-        "configuration": {"preset": preset, "model": dict(model.hparams), "data": asdict(options)},
+        "configuration": {"preset": preset, "model": model.kept_arguments(), "data": asdict(options)},
         "seed": model.hparams.seed,
         "precision": run.precision,
         "train_data": _described(spec)
@@ -168,7 +170,6 @@ def fit(
         result["estimate"] = {"seconds": round(needs.seconds, 1), "memory_mb": round(needs.bytes / 2**20, 1)}
     if path is not None:
         result["resumed"] = True  # the seconds are those since then
-    result["configuration"]["model"].pop("backbone_weights", None)  # a path of this machine
     private = {"heldout.csv": checkpoint.csv_text(["image", "score"], heldout)}
     if plan is not None:
         result["configuration"]["trainer"] = asdict(plan)

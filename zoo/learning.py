@@ -42,13 +42,17 @@ class LearningModule(L.LightningModule):
 
     memory_options: ClassVar[str] = ""  # options that lower the memory of a fit, as they end a sentence
     uses_defects: bool = False  # whether a fit is given labelled defects beside the normal images
+    phases: ClassVar[tuple[str, ...]] = ()  # names, of a method that learns in several, one after the other
 
     def __init__(self) -> None:
         super().__init__()
+        if self.phases:
+            self.register_buffer("phase", torch.zeros((), dtype=torch.long))  # index, of the last step taken
         self.num_train_images = 0
         self.observed, self.pass_length = 0, 0  # batches of an unfinished pass, and of a whole one
         self.plan: dict[str, Any] = {}  # of a training that `fit` runs; a resume must have the same one
         self.precision = "32-true"
+        self.told: dict[str, Tensor] = {}  # what the present step has logged
 
     @property
     def learns_by_gradient(self) -> bool:
@@ -68,6 +72,41 @@ class LearningModule(L.LightningModule):
         """What an optimiser gets: frozen parts are left out."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
+    @property
+    def steps_taken(self) -> int:
+        """Steps of the fit so far: of its optimiser, or batches, for each of which several optimisers take theirs."""
+        if self.automatic_optimization:
+            return self.trainer.global_step
+        return self.trainer.fit_loop.epoch_loop.batch_progress.total.processed
+
+    @property
+    def steps_planned(self) -> int:
+        """Steps of the whole fit; known once it has begun, for Lightning would load the images to tell."""
+        return self.plan.get("max_steps") or int(self.trainer.estimated_stepping_batches)
+
+    def with_milestones(self, optimizer: torch.optim.Optimizer, shares: list[float], factor: float) -> dict[str, Any]:
+        """An optimiser whose rates fall by a factor after shares of the fit.
+
+        They fall after whole epochs, or after steps where these are what is planned.
+        """
+        interval, planned = "step", self.plan.get("max_steps")
+        if not planned and (self.trainer.max_epochs or 0) > 0:
+            interval, planned = "epoch", self.trainer.max_epochs
+        planned = planned or self.trainer.max_steps
+        milestones = [round(share * planned) for share in shares]
+        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
+
+    def phase_at(self, step: int) -> int:
+        """Index of the phase that a step of the fit belongs to; a method with phases says it."""
+        return 0
+
+    def descend(self, optimizer: Any, loss: Tensor) -> None:
+        """A step of one of several optimisers; its loss was made within `optimizer.toggle_model()`."""
+        optimizer.zero_grad()
+        self.manual_backward(loss)
+        optimizer.step()
+
     def total_loss(self, **parts: Tensor) -> Tensor:
         """Sum of the parts of a loss (scalars), which are logged beside it; what a `training_step` returns."""
         loss = torch.stack(list(parts.values())).sum()
@@ -77,8 +116,9 @@ class LearningModule(L.LightningModule):
 
     def tell(self, **values: Tensor) -> None:
         """Log scalars of a training step: `fit` reports and records them."""
+        self.told |= {name: value.detach() for name, value in values.items()}
         if self._trainer is not None:
-            self.log_dict({name: value.detach() for name, value in values.items()}, prog_bar=True)
+            self.log_dict({name: self.told[name] for name in values}, prog_bar=True)
 
     def configure_optimizers(self) -> Any:
         return None
@@ -98,6 +138,8 @@ class LearningModule(L.LightningModule):
         vars(strategy).pop("configure_ddp", None)
         if isinstance(strategy, DDPStrategy) and not self.learns_by_gradient:
             strategy.configure_ddp = lambda: None  # there is nothing to reduce, and torch's wrapper refuses
+        if isinstance(strategy, DDPStrategy) and not self.automatic_optimization:
+            strategy._ddp_kwargs["find_unused_parameters"] = True  # a backward pass reaches one optimiser's alone
 
     def on_fit_start(self) -> None:
         if len(set(ranks.gather(self.observed))) > 1:
@@ -128,6 +170,10 @@ class LearningModule(L.LightningModule):
         """Whatever a step draws from torch's generators is a function of (seed, epoch, step, process)."""
         key = np.random.SeedSequence([self.hparams.seed, self.current_epoch, index, self.global_rank])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
+        self.told = {}
+        if self.phases and (phase := self.phase_at(self.steps_taken)) != int(self.phase):
+            self.phase.fill_(phase)
+            self.train()  # each phase has its own frozen parts
 
     def on_train_epoch_end(self) -> None:
         if self.observed:  # the pass was cut short, by max_steps or a callback

@@ -55,10 +55,14 @@ class AnomalyModule(LearningModule):
     """
 
     method: ClassVar[str]
-    channels: ClassVar[int] = 3  # what the network takes; grey is repeated, colour is averaged
+    local_arguments: ClassVar[tuple[str, ...]] = ("backbone_weights",)  # paths of this machine, which are not kept
+    channels: int = 3  # what the network takes; grey is repeated, colour is averaged
 
-    def __init__(self, input_size: int | list[int], seed: int):
+    def __init__(self, input_size: int | list[int], seed: int, channels: int | None = None):
         super().__init__()
+        self.channels = channels or self.channels
+        if self.channels not in (1, 3):
+            raise ZooError(f"--channels is 1 (grey) or 3 (colour), not {channels}.")
         if seed < 0:
             raise ZooError(f"--seed is at least 0, not {seed}.")
         self.size = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
@@ -185,13 +189,17 @@ class AnomalyModule(LearningModule):
 
     # ---- keeping -----------------------------------------------------------------------------------------------------
 
+    def kept_arguments(self) -> dict[str, Any]:
+        """The configuration, without paths of this machine."""
+        return {name: None if name in self.local_arguments else value for name, value in self.hparams.items()}
+
     def config(self) -> dict[str, Any]:
         """What `config.json` holds of this model, but for what `checkpoint.save` adds. No path of this machine."""
         return {
             "zoo_version": metadata.version("zoo"),
             "method": self.method,
             "preset": self.preset,
-            "arguments": {k: None if k == "backbone_weights" else v for k, v in self.hparams.items()},
+            "arguments": self.kept_arguments(),
             "preprocessing": {
                 "input_size": list(self.size),
                 "channels": self.channels,

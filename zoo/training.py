@@ -37,15 +37,14 @@ def trained(trainer: L.Trainer, module: AnomalyDataModule, seconds: float) -> di
     """What the record says of a training."""
     (losses,) = [callback for callback in trainer.callbacks if isinstance(callback, Losses)]
     best = [callback for callback in trainer.callbacks if isinstance(callback, KeepBest)]
+    steps = trainer.lightning_module.steps_taken
     about = {
-        "steps": trainer.global_step,
-        "epochs": round(
-            trainer.global_step / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches), 2
-        ),
+        "steps": steps,
+        "epochs": round(steps / math.ceil(trainer.num_training_batches / trainer.accumulate_grad_batches), 2),
         "images_a_step": min(
             module.batch_size * trainer.accumulate_grad_batches * trainer.world_size, module.num_train_images
         ),
-        "steps_per_second": round((trainer.global_step - losses.resumed_at) / max(seconds, 1e-9), 3),
+        "steps_per_second": round((steps - losses.resumed_at) / max(seconds, 1e-9), 3),
         "losses": losses.history,
     }
     for keeper in best:

@@ -12,10 +12,13 @@ from zoo.errors import ZooError
 
 METHODS = {
     "cfa": "CFA",
+    "fanogan": "FAnoGAN",
     "fastflow": "FastFlow",
+    "ganomaly": "GANomaly",
     "padim": "PaDiM",
     "patchcore": "PatchCore",
     "rd4ad": "RD4AD",
+    "riad": "RIAD",
     "stfpm": "STFPM",
     "supersimplenet": "SuperSimpleNet",
 }

@@ -11,9 +11,6 @@ Deviations: the image score is the logit, not its sigmoid, which would tie high 
 is a defect if any of its pixels is, and images with a label alone train the classification; there all have masks.
 """
 
-import itertools
-import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,6 +21,7 @@ from zoo.errors import ZooError
 from zoo.module import AnomalyModule, Batch, Scores
 from zoo.nn.features import FeatureExtractor
 from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
+from zoo.nn.perlin import perlin_noise
 from zoo.nn.precision import full_precision
 from zoo.nn.seed import seeded
 
@@ -43,10 +41,11 @@ PRESETS = {
     "lite": {
         "model": {
             "backbone": "tf_efficientnet_lite0",
-            "noise_std": 3.0,  # of its adapted features' 5; noise that is easily found teaches nothing
+            "feature_scale": 0.02,  # its features are so large that the second head would not see the first's answer
+            "noise_std": 0.05,  # half of the adapted features' standard deviation: weaker noise teaches nothing
             "perlin_threshold": 0.4,  # small blobs: the mean over the image must not give the noise away
             "segmentation_lr": 1e-3,
-            "classification_lr": 1e-3,
+            "classification_lr": 1e-2,
             "milestones": [0.5, 0.7, 0.9],  # so few steps settle only at lower rates
         },
         "data": {"batch_size": 1},  # many small steps: the heads need more of them than of images
@@ -64,6 +63,7 @@ class SuperSimpleNet(AnomalyModule):
         layers: indices of the backbone's feature levels, the finest first; None takes those of stride 8 and 16.
         input_size: images are resized to this size, or [height, width].
         supervised: learn from labelled defects too, by their masks or, where these lack, by the label alone.
+        feature_scale: factor on the backbone's features, for those that are far larger than the original's.
         noise_std: of the Gaussian noise on adapted features that stands for an anomaly.
         perlin_threshold: Perlin noise in [-1, 1] above it is anomalous.
         empty_share: of the images to which no noise is added.
@@ -90,6 +90,7 @@ class SuperSimpleNet(AnomalyModule):
         layers: list[int] | None = None,
         input_size: int | list[int] = 224,
         supervised: bool = False,
+        feature_scale: float = 1.0,
         noise_std: float = 0.015,
         perlin_threshold: float = 0.2,
         empty_share: float = 0.5,
@@ -107,8 +108,10 @@ class SuperSimpleNet(AnomalyModule):
     ):
         super().__init__(input_size, seed)
         self.save_hyperparameters()
-        if min(adaptor_lr, segmentation_lr, classification_lr, lr_factor, noise_std, sigma) <= 0:
-            raise ZooError("The three learning rates, --lr-factor, --noise-std and --sigma are above 0.")
+        if min(adaptor_lr, segmentation_lr, classification_lr, lr_factor, feature_scale, noise_std, sigma) <= 0:
+            raise ZooError(
+                "The three learning rates, --lr-factor, --feature-scale, --noise-std and --sigma are above 0."
+            )
         if min(adaptor_weight_decay, head_weight_decay, margin, focal_gamma) < 0:
             raise ZooError("Both weight decays, --margin and --focal-gamma are at least 0.")
         if not (-1 <= perlin_threshold < 1 and 0 <= empty_share < 1 and all(0 < share <= 1 for share in milestones)):
@@ -130,7 +133,7 @@ class SuperSimpleNet(AnomalyModule):
 
     def adapt(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> adapted features (B, D, h, w), on a grid twice as fine as the first layer's."""
-        maps = [m.float() for m in self.features(self.prepare(images))]
+        maps = [self.hparams.feature_scale * m.float() for m in self.features(self.prepare(images))]
         grid = [2 * side for side in maps[0].shape[-2:]]
         joined = torch.cat([F.interpolate(m, grid, mode="bilinear", align_corners=True) for m in maps], 1)
         return self.adaptor(F.avg_pool2d(joined, 3, stride=1, padding=1)).float()  # bfloat16 rounds weak noise away
@@ -180,7 +183,7 @@ class SuperSimpleNet(AnomalyModule):
         return logits, self.classification(adapted, logits.detach())
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Three groups; rates fall after whole epochs, or after steps where these are what is planned."""
+        """Three groups, whose rates fall together."""
         h = self.hparams
         groups = [
             (self.adaptor, h.adaptor_lr, h.adaptor_weight_decay),
@@ -190,13 +193,7 @@ class SuperSimpleNet(AnomalyModule):
         optimizer = torch.optim.AdamW(
             {"params": list(part.parameters()), "lr": lr, "weight_decay": decay} for part, lr, decay in groups
         )
-        steps, epochs = self.plan.get("max_steps"), self.trainer.max_epochs or 0
-        if epochs <= 0:
-            steps = self.trainer.max_steps
-        interval, planned = ("step", steps) if steps else ("epoch", epochs)
-        milestones = [round(share * planned) for share in h.milestones]
-        schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones, h.lr_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": interval}}
+        return self.with_milestones(optimizer, h.milestones, h.lr_factor)
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
         logits, found = self.judge(self.adapt(images))
@@ -249,31 +246,6 @@ def _pool(x: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
     """Maximum and mean (B, C) of (B, C, h, w) over the positions inside (B, 1, h, w)."""
     count = inside.sum((2, 3)).clamp(min=1)
     return x.masked_fill(~inside, -torch.inf).amax((2, 3)), (x * inside).sum((2, 3)) / count
-
-
-def perlin_noise(cells: Tensor, size: Sequence[int]) -> Tensor:
-    """Gradient noise in [-1, 1] on lattices of so many cells down and across (N, 2), seen at (N, *size) points.
-
-    At each corner of a cell stands a random unit vector. A point takes from the four corners around it the products of
-    these vectors with its offset from them, weighted by nearness.
-    """
-    corners = int(cells.max()) + 1
-    angle = 2 * math.pi * torch.rand(len(cells), corners, corners, device=cells.device)
-    y, x = (torch.arange(n, device=cells.device) * cells[:, i, None] / n for i, n in enumerate(size))  # (N, H), (N, W)
-    row, column = y.long(), x.long()
-    image = torch.arange(len(cells), device=cells.device)[:, None, None]
-    total = torch.zeros((), device=cells.device)
-    for down, across in itertools.product((0, 1), (0, 1)):
-        dy, dx = (y - row - down)[:, :, None], (x - column - across)[:, None, :]  # (N, H, 1), (N, 1, W)
-        direction = angle[image, (row + down)[:, :, None], (column + across)[:, None, :]]  # (N, H, W)
-        total = total + _fade(dy) * _fade(dx) * (direction.cos() * dy + direction.sin() * dx)
-    return math.sqrt(2) * total
-
-
-def _fade(offset: Tensor) -> Tensor:
-    """Weight of a corner: 1 at the corner, 0 at distance 1, with two smooth derivatives (a quintic)."""
-    near = 1 - offset.abs()
-    return near**3 * (near * (6 * near - 15) + 10)
 
 
 def focal_loss(logits: Tensor, target: Tensor, gamma: float) -> Tensor:
