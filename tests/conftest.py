@@ -3,6 +3,7 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before any import of the hub's client
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before any import of torch: two workers share the cores
 
 import numpy as np
 import pytest

@@ -16,6 +16,7 @@ SIZE = 64
 SMALL = {
     "fanogan": {"width": 2},
     "ganomaly": {"width": 4},
+    "iad_inpainting": {"width": 4},
     "padim": {"dims": 30},
     "patchcore": {"bank_size": 200, "working_set": 2},
     "riad": {"width": 2},

@@ -25,6 +25,7 @@ SIZE = 96
 SMALL = {
     "fanogan": {"input_size": 64},
     "ganomaly": {"input_size": 32},
+    "iad_inpainting": {"input_size": 64, "width": 8},
     "padim": {"dims": 40},
     "patchcore": {"bank_size": 300},
 }
@@ -34,6 +35,7 @@ STEPS = {
     "fanogan": 150,
     "fastflow": 40,
     "ganomaly": 150,
+    "iad_inpainting": 100,
     "rd4ad": 70,
     "riad": 80,
     "stfpm": 60,

@@ -26,6 +26,7 @@ SMALL = {
     "rd4ad": {"input_size": 64},  # its code needs two positions
     "fanogan": {"input_size": 64, "width": 2},
     "ganomaly": {"width": 2},
+    "iad_inpainting": {"width": 2},
     "riad": {"width": 2},
 }
 

@@ -66,14 +66,14 @@ def test_steps_are_counted_said_and_recorded(method):
     assert record["configuration"]["trainer"] == {"max_epochs": None, "max_steps": 6, "accumulate": 1, "select": "last"}
     assert [entry["step"] for entry in training["losses"]] == [1, 2, 3, 4, 5, 6]
     assert all(math.isfinite(value) for entry in training["losses"] for value in entry.values())
-    parts = [name for name in training["losses"][0] if name.startswith("loss_")]
-    for entry in training["losses"]:
+    for entry in training["losses"]:  # each phase has parts of its own
+        parts = [name for name in entry if name.startswith("loss_")]
         assert sum(entry[name] for name in parts) == pytest.approx(entry["loss"], rel=1e-4, abs=1e-5)
     told = [line for line in lines if line.startswith("Step ")]
     phase = model.phases[0] + " " if model.phases else ""
     assert len(told) == 6 and told[2].startswith(f"Step 3 of 6: {phase}loss ")
     assert "steps/s" in told[2] and "left" in told[2]
-    assert all(name.removeprefix("loss_") in told[0] for name in parts)
+    assert all(name.removeprefix("loss_") in told[0] for name in training["losses"][0] if name.startswith("loss_"))
 
 
 def test_epochs_and_steps_of_preset_and_caller():
@@ -113,7 +113,7 @@ class Poison(L.Callback):
 
     def on_after_backward(self, trainer, module):
         if module.steps_taken == self.step and self.what == "gradient":
-            next(p for p in module.parameters() if p.grad is not None).grad.fill_(float("inf"))
+            next(p for p in module.learned_parameters() if p.grad is not None).grad.fill_(float("inf"))
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
@@ -282,7 +282,8 @@ def test_bf16(method):
     _, full = train(method, 3)
     assert record["precision"] == "bf16-mixed"
     ours, theirs = ([entry["loss"] for entry in r["training"]["losses"]] for r in (record, full))
-    assert ours != theirs and ours == pytest.approx(theirs, rel=0.05)
+    near = 0.05 if model.automatic_optimization else 0.25  # what two networks make of a difference in a game grows
+    assert ours != theirs and ours == pytest.approx(theirs, rel=near)
     assert np.isfinite(model.predict(np.zeros((64, 64), np.uint8)).score)
 
 

@@ -229,12 +229,14 @@ def evaluate(
     start = time.perf_counter()
     with _quiet():
         trainer = _trainer(run)
+        others = _by_other_scores(model, trainer, module)
         (metrics,) = trainer.test(model, datamodule=module, verbose=False)
     anomalous = sum(label for _, label, _ in model.scored)
     _say_broken(module, run)
     return result | {
         "method": model.method,
         "metrics": {key: round(value, 6) for key, value in metrics.items()},
+        **({"other_scores": others} if others else {}),
         "test_data": _described(spec)
         | {"normal": len(model.scored) - anomalous, "anomalous": anomalous, "broken": len(module.broken)}
         | ({"half": "the half that the selection did not see"} if half else {})
@@ -247,6 +249,24 @@ def evaluate(
             **record.environment(trainer.strategy.root_device),
         },
     }
+
+
+def _by_other_scores(
+    model: AnomalyModule, trainer: L.Trainer, module: AnomalyDataModule
+) -> dict[str, dict[str, float]]:
+    """Image metrics by those scores of a method that its argument `score` has not chosen."""
+    found = {}
+    for form in model.score_forms:
+        chosen = model.hparams.score
+        if form == chosen:
+            continue
+        model.hparams.score = form
+        try:
+            (metrics,) = trainer.test(model, datamodule=module, verbose=False)
+        finally:
+            model.hparams.score = chosen
+        found[form] = {key: round(value, 6) for key, value in metrics.items() if key.startswith("image")}
+    return found
 
 
 def store_evaluation(folder: Any, model: AnomalyModule, result: dict[str, Any]) -> None:

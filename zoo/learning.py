@@ -172,6 +172,7 @@ class LearningModule(L.LightningModule):
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
         self.told = {}
         if self.phases and (phase := self.phase_at(self.steps_taken)) != int(self.phase):
+            self.share_statistics()  # what is frozen from here on is the same everywhere
             self.phase.fill_(phase)
             self.train()  # each phase has its own frozen parts
 

@@ -55,6 +55,7 @@ class AnomalyModule(LearningModule):
     """
 
     method: ClassVar[str]
+    score_forms: ClassVar[tuple[str, ...]] = ()  # values of its argument `score`, of a method that has several
     local_arguments: ClassVar[tuple[str, ...]] = ("backbone_weights",)  # paths of this machine, which are not kept
     channels: int = 3  # what the network takes; grey is repeated, colour is averaged
 

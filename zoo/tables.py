@@ -15,9 +15,15 @@ def console() -> Console:
 
 
 def metric_table(record: dict[str, Any]) -> Table:
-    """One row with the metrics of a record."""
+    """One row with the metrics of a record; one more for each further image score of a method that has several."""
     table = Table(title=f"{record['method']} on {record['test_data']['name']}", title_justify="left")
+    rows = {"": record["metrics"]}
+    if others := record.get("other_scores"):
+        table.add_column("score")
+        rows = {record["configuration"]["model"]["score"]: record["metrics"], **others}
     for key in record["metrics"]:
         table.add_column(METRICS[key], justify="right")
-    table.add_row(*(f"{value:.4f}" for value in record["metrics"].values()))
+    for form, metrics in rows.items():
+        figures = (f"{metrics[key]:.4f}" if key in metrics else "-" for key in record["metrics"])
+        table.add_row(*([form] if others else []), *figures)
     return table

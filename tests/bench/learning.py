@@ -17,7 +17,7 @@ from zoo.data.datamodule import AnomalyDataModule
 from zoo.fit import evaluate, fit
 from zoo.methods import create_model, list_methods, presets
 
-SIZES = {"cfa": 224, "rd4ad": 224, "supersimplenet": 224}  # pixels, else 128, which is small for these
+SIZES = {"cfa": 224, "rd4ad": 224}  # pixels, else 128, which is small for these
 DATA = "synthetic:train=150,good=60,defect=63"
 METRICS = ("image_auroc", "pixel_ap", "pixel_auroc", "pixel_aupro")
 METHODS = [method for method in list_methods() if "trainer" in presets(method, "lite")]

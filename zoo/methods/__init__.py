@@ -15,6 +15,7 @@ METHODS = {
     "fanogan": "FAnoGAN",
     "fastflow": "FastFlow",
     "ganomaly": "GANomaly",
+    "iad_inpainting": "IADInpainting",
     "padim": "PaDiM",
     "patchcore": "PatchCore",
     "rd4ad": "RD4AD",

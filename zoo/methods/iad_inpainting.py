@@ -1,0 +1,258 @@
+"""IAD+Inpainting, re-interpreted: IC image anomaly detection (Huang et al., ICIP 2021; described in arXiv 2505.07576).
+
+Idea: a GANomaly whose one encoder reads both the image and its rebuilt copy. It first learns to rebuild normal images,
+then to rebuild the clean image from a corrupted one, so that a defect is painted over and shows in the difference.
+
+THIS IS A RE-INTERPRETATION: neither code nor details of the original are public. Known are the shared encoder, the two
+phases, adversarial training as in GANomaly, and that the second phase has pairs of abnormal and clean images. All else,
+the losses' weights, corruptions and scores, is our choice and an argument. No figure of the paper is claimed for it.
+Deviations: not known, for that reason. Where the set's own Inpainting pairs are not given, the corruptions are made:
+rectangles, strokes, patches of other normal images and Perlin noise, on a share of each batch.
+"""
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from zoo.errors import ZooError
+from zoo.image import read_image, to_tensor
+from zoo.module import AnomalyModule, Batch, Scores
+from zoo.nn.dcgan import Decoder, Encoder, adversarial_loss, is_power_of_two
+from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
+from zoo.nn.perlin import perlin_noise
+from zoo.nn.seed import seeded
+
+KINDS = ("rectangle", "stroke", "patch", "perlin")
+EXTENT = (1 / 32, 1 / 4)  # sides of rectangles and patches, as shares of the image's
+WIDTH = (1 / 128, 1 / 32)  # half the width of strokes
+OPACITY = 0.3  # of a corruption, at least; 1 at most
+
+PRESETS = {
+    "original": {"data": {"batch_size": 32}, "trainer": {"max_epochs": 30}},
+    "paper224": {"data": {"batch_size": 32}, "trainer": {"max_epochs": 30}},
+    "lite": {
+        "model": {"input_size": 64, "width": 16, "lr": 1e-3},
+        "data": {"batch_size": 16},
+        "trainer": {"max_steps": 500},
+    },
+}
+
+
+class IADInpainting(AnomalyModule):
+    """An autoencoder that rebuilds, then cleans; its one encoder judges both the image and what became of it.
+
+    Args:
+        input_size: images are resized to this size, a power of two.
+        channels: 1 (grey) or 3 (colour) of the images that the networks see.
+        latent: length of the codes.
+        width: channels of the finest maps; each halving doubles them.
+        reconstruction_share: of the steps, in which images are rebuilt as they are; in the rest they are corrupted.
+        inpainting_pairs: local folder of pairs, `*abnormal*` and `*normal*` by otherwise equal names; None makes them.
+        corruptions: kinds of what is made: rectangle, stroke, patch, perlin.
+        corrupted_share: of the images of a batch in the second phase, the others stay clean.
+        adversarial_weight: of the distance of the discriminator's features in the generator's loss.
+        contextual_weight: of the pixels' absolute error in it.
+        latent_weight: of the codes' squared distance in it.
+        score: the image's: `latent`, squared distance of its code and the rebuilt one's; `residual`, the map's maximum.
+        sigma: of the Gaussian that smooths the map, in pixels of the input size.
+        collapsed: standard deviation of the codes over a batch below which the fit stops.
+        lr: learning rate of Adam, for both networks.
+        beta1: of Adam, its momentum.
+        seed: of the first weights, the order of the images and the corruptions.
+    """
+
+    method = "iad_inpainting"
+    phases = ("reconstruction", "inpainting")
+    local_arguments = ("inpainting_pairs",)
+    score_forms = ("latent", "residual")
+
+    def __init__(
+        self,
+        *,
+        input_size: int | list[int] = 256,
+        channels: int = 1,
+        latent: int = 100,
+        width: int = 64,
+        reconstruction_share: float = 0.5,
+        inpainting_pairs: str | None = None,
+        corruptions: list[str] = ["rectangle", "stroke", "patch", "perlin"],  # noqa: B006 - never changed
+        corrupted_share: float = 0.75,
+        adversarial_weight: float = 1.0,
+        contextual_weight: float = 50.0,
+        latent_weight: float = 1.0,
+        score: Literal["latent", "residual"] = "residual",
+        sigma: float = 2.0,
+        collapsed: float = 1e-4,
+        lr: float = 2e-4,
+        beta1: float = 0.5,
+        seed: int = 0,
+    ):
+        super().__init__(input_size, seed, channels)
+        self.save_hyperparameters()
+        self.automatic_optimization = False
+        side = self.size[0]
+        if self.size != (side, side) or not is_power_of_two(side):
+            raise ZooError(f"--input-size is a power of two (64, 128, 256), not {input_size}: it is halved down to 4.")
+        if not corruptions or set(corruptions) - set(KINDS):
+            raise ZooError(f"--corruptions are some of {', '.join(KINDS)}, not {corruptions}.")
+        if not (0 <= reconstruction_share < 1 and 0 < corrupted_share <= 1):
+            raise ZooError("--reconstruction-share is in [0, 1), --corrupted-share in (0, 1].")
+        if min(adversarial_weight, contextual_weight, latent_weight, collapsed) < 0:
+            raise ZooError("The three weights of the loss and --collapsed are at least 0.")
+        if min(lr, sigma) <= 0 or not 0 <= beta1 < 1 or min(latent, width) < 1:
+            raise ZooError("--lr and --sigma are above 0, --beta1 in [0, 1), --latent and --width at least 1.")
+        if score not in self.score_forms:
+            raise ZooError(f"--score is latent or residual, not {score}.")
+        self.pairs = find_pairs(Path(inpainting_pairs)) if inpainting_pairs else []
+        with seeded(seed, 0):
+            self.encoder = Encoder(side, channels, width, latent)
+            self.decoder = Decoder(side, channels, width, latent)
+            self.discriminator = Encoder(side, channels, width, 1)
+
+    def phase_at(self, step: int) -> int:
+        return int(step >= round(self.hparams.reconstruction_share * self.steps_planned))
+
+    def training_step(self, batch: Batch, index: int) -> None:
+        generator, discriminator = self.optimizers()
+        clean = self.prepare(batch.image)  # (B, C, S, S)
+        seen = clean
+        if self.phases[int(self.phase)] == "inpainting":
+            seen, clean = self.corrupted(clean)
+        with generator.toggle_model():
+            code = self.encoder(seen)
+            rebuilt = self.decoder(code)
+            # What a rebuilt image's code should be: that of the clean one.
+            target = code if seen is clean else self.encoder(clean)
+            loss = self.generator_loss(clean, rebuilt, target, self.encoder(rebuilt))
+            self.descend(generator, loss)
+        with discriminator.toggle_model():
+            loss = adversarial_loss(self.discriminator(clean), self.discriminator(rebuilt.detach()))
+            self.tell(discriminator=loss)
+            self.descend(discriminator, loss)
+        self.watch(code.detach().flatten(1))
+
+    def corrupted(self, clean: Tensor) -> tuple[Tensor, Tensor]:
+        """What the network sees and what it should make of it, both (B, C, S, S)."""
+        count = len(clean)
+        if not self.pairs:
+            chosen = torch.rand(count, 1, 1, 1, device=clean.device) < self.hparams.corrupted_share
+            return torch.where(chosen, corrupt(clean, self.hparams.corruptions), clean), clean
+        drawn = [self.pairs[i] for i in torch.randint(len(self.pairs), (count,)).tolist()]
+        abnormal, normal = (
+            torch.cat([self.prepare(to_tensor(read_image(path))[None]) for path in side])  # (B, C, S, S)
+            for side in zip(*drawn, strict=True)
+        )
+        return abnormal.to(clean.device), normal.to(clean.device)
+
+    def generator_loss(self, clean: Tensor, rebuilt: Tensor, code: Tensor, again: Tensor) -> Tensor:
+        """Of clean and rebuilt images (B, C, S, S) and the codes of both (B, latent, 1, 1)."""
+        h, maps = self.hparams, self.discriminator.maps
+        return self.total_loss(
+            adversarial=h.adversarial_weight * F.mse_loss(maps(rebuilt), maps(clean)),
+            contextual=h.contextual_weight * F.l1_loss(rebuilt, clean),
+            latent=h.latent_weight * F.mse_loss(again, code),
+        )
+
+    def watch(self, codes: Tensor) -> None:
+        """Stop where the codes (B, latent) of a batch have become one: the shared encoder makes that easy."""
+        if len(codes) < 2:
+            return
+        spread = codes.float().std(0).mean()
+        self.tell(code_std=spread)
+        if self.trainer.strategy.reduce_boolean_decision(bool(spread < self.hparams.collapsed)):
+            raise ZooError(
+                f"All images have the same code at step {self.steps_taken + 1} (standard deviation {spread:.2g}); "
+                "lower --latent-weight or --lr."
+            )
+
+    def configure_optimizers(self) -> list[torch.optim.Optimizer]:
+        rebuilding = [*self.encoder.parameters(), *self.decoder.parameters()]
+        parts = (rebuilding, self.discriminator.parameters())
+        return [torch.optim.Adam(part, self.hparams.lr, (self.hparams.beta1, 0.999)) for part in parts]
+
+    def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
+        x = self.prepare(images)  # (B, C, S, S)
+        rebuilt, latent = self.judge(x)
+        maps = gaussian_blur((x - rebuilt).abs().float().mean(1, keepdim=True), self.hparams.sigma)  # (B, 1, S, S)
+        if self.hparams.score == "residual":
+            score = masked_to_roi(maps, roi).amax(dim=(1, 2, 3))
+        elif roi is None:
+            score = latent
+        else:  # what lies outside is seen as it was rebuilt; a region can only take suspicion away
+            inside = F.adaptive_max_pool2d(roi.float(), self.size) > 0  # (B, 1, S, S)
+            score = torch.minimum(latent, self.judge(torch.where(inside, x, rebuilt))[1])
+        return Scores(score, resize_map(maps, images.shape[-2:]))
+
+    def judge(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, S, S) -> rebuilt ones, and the mean squared distances (B,) of the codes of both."""
+        code = self.encoder(x)
+        rebuilt = self.decoder(code)
+        return rebuilt, (code.float() - self.encoder(rebuilt).float()).square().mean(dim=(1, 2, 3))
+
+
+def corrupt(x: Tensor, kinds: list[str]) -> Tensor:
+    """Images (B, C, S, S) in [-1, 1], each with something of one kind on it that is not its own."""
+    count, device = len(x), x.device
+    kind = torch.randint(len(kinds), (count,), device=device)[:, None, None, None]
+    opacity = OPACITY + (1 - OPACITY) * torch.rand(count, 1, 1, 1, device=device)
+    made = x
+    for i, name in enumerate(kinds):
+        where, what = paint(name, x)
+        made = torch.where((kind == i) & where, x + opacity * (what - x), made)
+    return made
+
+
+def paint(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Where a corruption lies, (B, 1, S, S) bool, and what is there, (B, C or 1, S, S)."""
+    count, _, side, _ = x.shape
+    grey = 2 * torch.rand(count, 1, 1, 1, device=x.device) - 1
+    if kind == "rectangle":
+        return rectangles(count, side, x.device), grey
+    if kind == "stroke":
+        return strokes(count, side, x.device), grey
+    if kind == "patch":  # of the next image, from elsewhere
+        down, across = (int(torch.randint(side, ())) for _ in range(2))
+        return rectangles(count, side, x.device), x.roll((1, down, across), (0, 2, 3))
+    cells = 2 ** torch.randint(1, 5, (2 * count, 2), device=x.device)
+    noise = perlin_noise(cells, (side, side))[:, None]  # (2B, 1, S, S)
+    return noise[:count] > 0.4, (grey + noise[count:]).clamp(-1, 1)
+
+
+def rectangles(count: int, side: int, device: torch.device) -> Tensor:
+    """One in each of so many images, (N, 1, S, S) bool."""
+    low, high = EXTENT
+    extent = side * low * (high / low) ** torch.rand(count, 2, 1, device=device)  # log-uniform, down and across
+    centre = side * torch.rand(count, 2, 1, device=device)
+    inside = (torch.arange(side, device=device) + 0.5 - centre).abs() <= extent / 2  # (N, 2, S)
+    return (inside[:, 0, :, None] & inside[:, 1, None, :])[:, None]
+
+
+def strokes(count: int, side: int, device: torch.device) -> Tensor:
+    """A line with one bend in each of so many images, (N, 1, S, S) bool."""
+    low, high = WIDTH
+    half = side * (low + (high - low) * torch.rand(count, 1, 1, device=device))
+    points = side * torch.rand(count, 3, 2, 1, 1, device=device)  # (y, x) of both ends and the bend between them
+    grid = torch.arange(side, device=device) + 0.5
+    y, x = grid[None, :, None], grid[None, None, :]
+    near = torch.zeros(count, side, side, dtype=torch.bool, device=device)
+    for (y0, x0), (y1, x1) in ((points[:, i].unbind(1), points[:, i + 1].unbind(1)) for i in (0, 1)):  # (N, 1, 1) each
+        dy, dx = y1 - y0, x1 - x0
+        along = (((y - y0) * dy + (x - x0) * dx) / (dy**2 + dx**2 + 1e-6)).clamp(0, 1)  # of the nearest point
+        near |= (y - y0 - along * dy) ** 2 + (x - x0 - along * dx) ** 2 <= half**2
+    return near[:, None]
+
+
+def find_pairs(folder: Path) -> list[tuple[Path, Path]]:
+    """Abnormal images and their clean versions, which have "normal" in their names instead.
+
+    Raises:
+        ZooError: there are none.
+    """
+    files = {path.name: path for path in sorted(folder.glob("**/*")) if path.is_file()}
+    clean = {name: name.replace("abnormal", "normal") for name in files if "abnormal" in name}
+    if not any(normal in files for normal in clean.values()):
+        raise ZooError(f"--inpainting-pairs {folder} has no pair such as train_abnormal_1.jpg and train_normal_1.jpg.")
+    return [(files[abnormal], files[normal]) for abnormal, normal in clean.items() if normal in files]
