@@ -251,15 +251,17 @@ def test_presets():
 
 
 def test_training_teaches_to_rebuild_and_finds_defects(mvtec):
-    untrained = create_model("ganomaly", "lite").eval()
-    trained, record = fit("ganomaly", str(mvtec), preset="lite", trainer_options={"max_steps": 120})
-    data = AnomalyDataModule(load_data(str(mvtec)), input_size=(64, 64))
+    """A bright square is found untrained too, by a map that is the image itself: what counts is what is rebuilt."""
+    small = {"input_size": 32}
+    untrained = create_model("ganomaly", "lite", **small).eval()
+    trained, _ = fit("ganomaly", str(mvtec), preset="lite", arguments=small, trainer_options={"max_steps": 150})
+    data = AnomalyDataModule(load_data(str(mvtec)), input_size=(32, 32))
     images = next(iter(data.holdout_dataloader()))[0].image  # normal, and not seen by the fit
     with torch.no_grad():
         before, after = (model(images).map.mean() for model in (untrained, trained))
     assert after < 0.5 * before
-    first, last = (evaluate(model, str(mvtec))["metrics"] for model in (untrained, trained))
-    assert last["image_auroc"] > 0.9 > first["image_auroc"] and last["pixel_ap"] > first["pixel_ap"] + 0.3
+    metrics = evaluate(trained, str(mvtec))["metrics"]
+    assert metrics["image_auroc"] > 0.9 and metrics["pixel_ap"] > 0.9
 
 
 def test_region_of_interest():
