@@ -475,13 +475,27 @@ def test_stopped_and_resumed_in_each_stage_and_at_the_switch(data, whole, moment
 
 
 def test_a_fitted_model_that_is_fitted_again_begins_with_the_gan(data):
-    model = FAnoGAN(**SMALL, gan_share=0.5)
+    model = FAnoGAN(**SMALL, gan_share=0.5, critic_steps=1)
     model.phase.fill_(1)
     watch = Watch()
     module = AnomalyDataModule(data, input_size=(64, 64), batch_size=6, seed=3)
     options = dict(logger=False, enable_progress_bar=False, enable_checkpointing=False)
     L.Trainer(accelerator="cpu", max_epochs=1, callbacks=[watch], **options).fit(model, datamodule=module)
-    assert watch.steps == ["c", "e"] and watch.modes == ["gce", "e"]
+    assert watch.steps == ["cg", "e"] and watch.modes == ["gce", "gce", "e"]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_a_fit_too_short_for_one_of_the_networks_is_refused(share):
+    """0.1 of 40 steps are fewer than the five of the critic before the generator's first; 0.9 of 4 are all."""
+    data = "synthetic:train=60,size=64"
+    with pytest.raises(ZooError, match=f"--gan-share {share} of .* leaves generator or encoder none"):
+        fit(
+            "fanogan",
+            data,
+            preset="lite",
+            arguments={"gan_share": share, "critic_steps": 5, "width": 2},
+            trainer_options={"max_steps": 40 if share < 0.5 else 4},
+        )
 
 
 def test_optimisers():
@@ -493,7 +507,7 @@ def test_optimisers():
         assert group["lr"] == (2e-5 if part == "encoder" else 3e-4) and group["weight_decay"] == 0
     assert type(generator) is type(critic) is torch.optim.Adam and type(encoder) is torch.optim.RMSprop
     assert generator.param_groups[0]["betas"] == critic.param_groups[0]["betas"] == (0.0, 0.9)
-    assert (encoder.param_groups[0]["alpha"], encoder.param_groups[0]["eps"]) == (0.9, 1e-10)
+    assert (encoder.param_groups[0]["alpha"], encoder.param_groups[0]["eps"]) == (0.9, 1e-10**0.5)
 
 
 def test_presets_and_defaults_are_the_originals():

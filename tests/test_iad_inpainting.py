@@ -176,7 +176,10 @@ def folder(tmp_path):
     return root
 
 
-def test_pairs_are_found_by_name(folder):
+def test_pairs_are_images_of_one_folder_by_name(folder):
+    (folder / "other").mkdir()
+    (folder / "train_normal_00009.txt").write_text("x")
+    Image.fromarray(np.zeros((80, 80), np.uint8)).save(folder / "other" / "train_normal_00009.png")
     pairs = find_pairs(folder)
     assert [(a.name, b.name) for a, b in pairs] == [
         (f"train_abnormal_{i:05d}.png", f"train_normal_{i:05d}.png") for i in range(3)
@@ -200,6 +203,8 @@ def test_the_folder_of_pairs_stays_private(folder, tmp_path):
     assert json.loads((place / "config.json").read_text())["arguments"]["inpainting_pairs"] is None
     assert all(str(tmp_path / "Inp").encode() not in p.read_bytes() for p in place.iterdir() if p.is_file())
     assert from_pretrained("pairs").hparams.inpainting_pairs is None
+    assert record["train_data"]["inpainting_pairs"] == 3
+    assert "and 3 pairs of abnormal and clean ones" in (place / "README.md").read_text()
 
 
 def test_no_pairs_is_told(tmp_path, capsys):
@@ -219,8 +224,7 @@ def test_first_rebuild_then_inpaint():
     model.encoder.forward = lambda images: pairs.append(images) or forward(images)
     train(model, note, epochs=2)  # 8 steps
     assert note.phases == [0] * 4 + [1] * 4
-    calls = [4, 4, 4, 4]  # (image, rebuilt) a step; then (corrupted, clean, rebuilt)
-    assert len(pairs) == sum(calls[:0]) + 4 * 2 + 4 * 3
+    assert len(pairs) == 4 * 2 + 4 * 3  # (image, rebuilt) a step; then (corrupted, clean, rebuilt)
     for i in range(4):
         assert torch.equal(pairs[2 * i], 2 * note.batches[i] - 1)
     for i in range(4):

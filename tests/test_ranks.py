@@ -201,12 +201,12 @@ def test_the_bank_of_cfa_is_that_of_one_process(both, alone):
     torch.testing.assert_close(both[0]["cfa"]["state"]["bank"], alone["cfa"].bank, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", GRADIENT)
+@pytest.mark.parametrize("method", [m for m in GRADIENT if m != "fanogan"])  # a critic's is part of a game
 def test_the_loss_falls(both, method):
     for found in both:
         losses = found[method]["losses"]
         assert len(losses) == 12
-        assert sum(losses[6:]) < sum(losses[:6]) or method == "fanogan"  # a critic's, in a game
+        assert sum(losses[6:]) < sum(losses[:6])
 
 
 @METHODS

@@ -223,7 +223,7 @@ def tensor_bytes(value):
 def test_lightning_checkpoint_resumes(fitted, method, mvtec, tmp_path):
     """A plain Trainer with its own checkpoint callback; the file loads without pickle."""
     model = create_model(method, "lite", **small(method))
-    data = AnomalyDataModule(load_data(str(mvtec)), input_size=model.size, seed=model.hparams.seed)
+    data = AnomalyDataModule(load_data(str(mvtec)), input_size=model.size, seed=model.hparams.seed, batch_size=4)
     options = dict(accelerator="cpu", max_epochs=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
     trainer = L.Trainer(**options, enable_model_summary=False)
     trainer.fit(model, datamodule=data)

@@ -181,24 +181,25 @@ def test_normals_choose_the_step_that_is_kept(method):
         def on_train_batch_end(self, trainer, module, *_):
             (keeper,) = [c for c in trainer.callbacks if isinstance(c, KeepBest)]
             if keeper.last == module.steps_taken:
-                noted.append({k: v.clone() for k, v in module.state_dict().items()})
+                if not module.phases or int(module.phase) == len(module.phases) - 1:
+                    noted.append((module.steps_taken, {k: v.clone() for k, v in module.state_dict().items()}))
 
     model = create_model(method, "lite", input_size=64)
     data = AnomalyDataModule(load_data(DATA), input_size=(64, 64), batch_size=10)
     keeper = KeepBest("normal", data.holdout_dataloader, 2, lambda line: None)
     trainer_of(2, keeper, Note()).fit(model, datamodule=data)
     values = []
-    for state in noted:
+    for _, state in noted:
         other = create_model(method, "lite", input_size=64)
         other.load_state_dict(state)
         other.eval()
         images = [part.image for parts in data.holdout_dataloader() for part in parts]
         with torch.no_grad():
             values.append(torch.cat([other(image).map for image in images]).double().mean().item())
-    assert len(values) == 4
+    assert len(values) == (2 if model.phases else 4)  # half of the steps belong to the last phase
     assert keeper.value == pytest.approx(min(values), rel=1e-5)
-    assert keeper.step == 2 * (1 + int(np.argmin(values)))
-    best = noted[int(np.argmin(values))]
+    step, best = noted[int(np.argmin(values))]
+    assert keeper.step == step
     assert all(torch.equal(v, best[k]) for k, v in model.state_dict().items())
 
 

@@ -43,8 +43,8 @@ class Finite(L.Callback):
     """Stops a fit at a loss or gradient that is not finite, and gives the module its last good state.
 
     The weights just before may have been ruined already. Good are those that `KeepBest` likes best, if there are any;
-    else those at the end of the tenth of the fit with the lowest loss, once they have given a finite loss (of the last
-    phase, as losses of several can't be compared); else the first ones.
+    else those at the end of the tenth of the fit with the lowest loss (of the last one, where several optimisers play a
+    game), once they have given finite losses; else the first ones.
 
     Args:
         steps: optimiser steps of the whole fit.
@@ -66,7 +66,8 @@ class Finite(L.Callback):
         if not trainer.strategy.reduce_boolean_decision(finite):  # one answer for all processes
             where = " in another process" * finite
             self._stop(trainer, module, f"The loss is not finite{where}")
-        self.good = self.next
+        if module.automatic_optimization:  # else the other losses of this step are to be seen first
+            self.good = self.next
         self.losses.append(float(loss.detach()))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: AnomalyModule, optimizer: Any) -> None:
@@ -77,11 +78,12 @@ class Finite(L.Callback):
             self._stop(trainer, module, "The gradient is not finite")
 
     def on_train_batch_end(self, trainer: L.Trainer, module: AnomalyModule, *_: Any) -> None:
+        if not module.automatic_optimization:
+            self.good = self.next
         if module.steps_taken < self.end:
             return
         mean = sum(self.losses) / len(self.losses)
-        new = bool(module.phases) and not torch.equal(self.next[1]["phase"], module.phase.cpu())
-        if new or mean <= self.lowest:
+        if mean <= self.lowest or not module.automatic_optimization:
             self.lowest, self.next = mean, (module.steps_taken, _learned_state(module))
         self.losses, self.end = [], module.steps_taken + self.every
 
@@ -159,6 +161,8 @@ class Losses(L.Callback):
 class KeepBest(L.Callback):
     """Keeps the weights of the step that a rule likes best, and gives them to the model when the fit ends.
 
+    Of a method with phases, only steps of the last one are looked at.
+
     Args:
         rule: "normal": the lowest mean of the map over held-out normal images (the rule of STFPM's original); or the
             highest of a metric of `AnomalyMetrics` on labelled images.
@@ -184,6 +188,8 @@ class KeepBest(L.Callback):
             self._measure(trainer, module)
 
     def on_fit_end(self, trainer: L.Trainer, module: AnomalyModule) -> None:  # also where a resume had nothing left
+        if not self.state:  # the last phase was never reached
+            return
         module.load_state_dict(self.state, strict=False)
         self.say(f"Kept step {self.step}: {self._name()} {self.value:.4g}.")
 
@@ -192,12 +198,14 @@ class KeepBest(L.Callback):
 
     @torch.no_grad()
     def _measure(self, trainer: L.Trainer, module: AnomalyModule) -> None:
+        self.last = module.steps_taken
+        if module.phases and int(module.phase) < len(module.phases) - 1:
+            return
         module.eval()
         module.share_statistics()
         with trainer.precision_plugin.forward_context():
             value = (_mean_map if self.rule == "normal" else self._metric)(module, self.batches())
         module.train()
-        self.last = module.steps_taken
         if not self.state or (value < self.value if self.rule == "normal" else value > self.value):
             self.step, self.value = module.steps_taken, value
             self.state = _learned_state(module)

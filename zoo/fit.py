@@ -160,7 +160,8 @@ def fit(
         "precision": run.precision,
         "train_data": _described(spec)
         | {"images": module.num_train_images - defects, "defects": defects}
-        | {"held_out": len(heldout), "broken": len(module.broken)},
+        | {"held_out": len(heldout), "broken": len(module.broken)}
+        | model.further_sources(),
         "seconds": seconds,
         "peak_memory_mb": record.peak_memory_mb(),
         "processes": trainer.world_size,
@@ -236,7 +237,7 @@ def evaluate(
     return result | {
         "method": model.method,
         "metrics": {key: round(value, 6) for key, value in metrics.items()},
-        **({"other_scores": others} if others else {}),
+        **({"score": model.hparams.score, "other_scores": others} if others else {}),
         "test_data": _described(spec)
         | {"normal": len(model.scored) - anomalous, "anomalous": anomalous, "broken": len(module.broken)}
         | ({"half": "the half that the selection did not see"} if half else {})
@@ -398,7 +399,7 @@ def _ended(name: str | None) -> Iterator[None]:
         hint = "; the same command with --resume goes on" if name else ""
         raise ZooError(f"The fit was asked to end{hint}.") from error
     except torch.OutOfMemoryError as error:
-        raise ZooError("The device's memory is full; lower --batch-size, which --accumulate makes up for.") from error
+        raise ZooError("The device's memory is full; lower --batch-size.") from error
     except SystemExit as error:
         raise KeyboardInterrupt from error
 

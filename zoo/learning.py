@@ -5,6 +5,7 @@ passes that resume in the middle, and randomness that is a function of (seed, ep
 """
 
 import copy
+import math
 from typing import Any, ClassVar, NamedTuple
 
 import lightning as L
@@ -82,7 +83,10 @@ class LearningModule(L.LightningModule):
     @property
     def steps_planned(self) -> int:
         """Steps of the whole fit; known once it has begun, for Lightning would load the images to tell."""
-        return self.plan.get("max_steps") or int(self.trainer.estimated_stepping_batches)
+        steps = self.plan.get("max_steps") or self.trainer.estimated_stepping_batches
+        if steps == math.inf:
+            raise ZooError("A method with phases needs to know its end; give the Trainer max_epochs or max_steps.")
+        return int(steps)
 
     def with_milestones(self, optimizer: torch.optim.Optimizer, shares: list[float], factor: float) -> dict[str, Any]:
         """An optimiser whose rates fall by a factor after shares of the fit.

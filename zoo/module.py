@@ -194,6 +194,10 @@ class AnomalyModule(LearningModule):
         """The configuration, without paths of this machine."""
         return {name: None if name in self.local_arguments else value for name, value in self.hparams.items()}
 
+    def further_sources(self) -> dict[str, Any]:
+        """What a fit learns from beside the data set, for the record: numbers by name, no paths."""
+        return {}
+
     def config(self) -> dict[str, Any]:
         """What `config.json` holds of this model, but for what `checkpoint.save` adds. No path of this machine."""
         return {

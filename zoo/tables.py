@@ -20,7 +20,7 @@ def metric_table(record: dict[str, Any]) -> Table:
     rows = {"": record["metrics"]}
     if others := record.get("other_scores"):
         table.add_column("score")
-        rows = {record["configuration"]["model"]["score"]: record["metrics"], **others}
+        rows = {record["score"]: record["metrics"], **others}
     for key in record["metrics"]:
         table.add_column(METRICS[key], justify="right")
     for form, metrics in rows.items():

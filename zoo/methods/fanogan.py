@@ -101,6 +101,14 @@ class FAnoGAN(AnomalyModule):
     def phase_at(self, step: int) -> int:
         return int(step >= round(self.hparams.gan_share * self.steps_planned))
 
+    def on_train_start(self) -> None:
+        super().on_train_start()
+        if not self.phase_at(self.steps_planned - 1) or self.phase_at(self.hparams.critic_steps - 1):
+            raise ZooError(
+                f"--gan-share {self.hparams.gan_share} of {self.steps_planned} steps leaves generator or encoder none; "
+                f"the generator's first comes after {self.hparams.critic_steps} of the critic (--critic-steps)."
+            )
+
     def train(self, mode: bool = True) -> "FAnoGAN":
         super().train(mode)
         if int(self.phase):  # the encoder learns; what it learns from stays as it is
@@ -151,7 +159,8 @@ class FAnoGAN(AnomalyModule):
         return [
             torch.optim.Adam(self.generator.parameters(), h.gan_lr, (0.0, 0.9)),
             torch.optim.Adam(self.critic.parameters(), h.gan_lr, (0.0, 0.9)),
-            torch.optim.RMSprop(self.encoder.parameters(), h.encoder_lr, alpha=0.9, eps=1e-10),
+            # TensorFlow adds its 1e-10 within the root.
+            torch.optim.RMSprop(self.encoder.parameters(), h.encoder_lr, alpha=0.9, eps=1e-5),
         ]
 
     def rebuilt(self, x: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.image import read_image, to_tensor
+from zoo.image import EXTENSIONS, read_image, to_tensor
 from zoo.module import AnomalyModule, Batch, Scores
 from zoo.nn.dcgan import Decoder, Encoder, adversarial_loss, is_power_of_two
 from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
@@ -50,9 +50,9 @@ class IADInpainting(AnomalyModule):
         latent: length of the codes.
         width: channels of the finest maps; each halving doubles them.
         reconstruction_share: of the steps, in which images are rebuilt as they are; in the rest they are corrupted.
-        inpainting_pairs: local folder of pairs, `*abnormal*` and `*normal*` by otherwise equal names; None makes them.
+        inpainting_pairs: folder of pairs, `*abnormal*` and `*normal*` by otherwise equal names; None makes them.
         corruptions: kinds of what is made: rectangle, stroke, patch, perlin.
-        corrupted_share: of the images of a batch in the second phase, the others stay clean.
+        corrupted_share: of the images of a batch in the second phase, the others stay clean; without pairs.
         adversarial_weight: of the distance of the discriminator's features in the generator's loss.
         contextual_weight: of the pixels' absolute error in it.
         latent_weight: of the codes' squared distance in it.
@@ -133,6 +133,9 @@ class IADInpainting(AnomalyModule):
             self.tell(discriminator=loss)
             self.descend(discriminator, loss)
         self.watch(code.detach().flatten(1))
+
+    def further_sources(self) -> dict[str, int]:
+        return {"inpainting_pairs": len(self.pairs)} if self.pairs else {}
 
     def corrupted(self, clean: Tensor) -> tuple[Tensor, Tensor]:
         """What the network sees and what it should make of it, both (B, C, S, S)."""
@@ -251,7 +254,7 @@ def find_pairs(folder: Path) -> list[tuple[Path, Path]]:
     Raises:
         ZooError: there are none.
     """
-    files = {path.name: path for path in sorted(folder.glob("**/*")) if path.is_file()}
+    files = {path.name: path for path in sorted(folder.glob("*")) if path.suffix.lower() in EXTENSIONS}
     clean = {name: name.replace("abnormal", "normal") for name in files if "abnormal" in name}
     if not any(normal in files for normal in clean.values()):
         raise ZooError(f"--inpainting-pairs {folder} has no pair such as train_abnormal_1.jpg and train_normal_1.jpg.")

@@ -6,11 +6,13 @@ No convolution has a bias; weights start as N(0, 0.02), those of BatchNorm as N(
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.nn.precision import full_precision
+
 SMALLEST = 4  # positions a side of the smallest maps
 
 
 class Encoder(nn.Module):
-    """Images (B, C, S, S) in [-1, 1] -> maps (B, width * S / 8, 4, 4) -> codes (B, code, 1, 1).
+    """Images (B, C, S, S) in [-1, 1] -> maps (B, width * S / 8, 4, 4) -> codes (B, code, 1, 1), float32.
 
     Args:
         size: S, a power of two.
@@ -30,7 +32,9 @@ class Encoder(nn.Module):
         self.apply(start)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.code(self.maps(images))
+        maps = self.maps(images)
+        with full_precision(maps):  # codes are compared: their last digits count
+            return self.code(maps.float())
 
 
 class Decoder(nn.Sequential):
@@ -48,7 +52,7 @@ class Decoder(nn.Sequential):
 
 def adversarial_loss(real: Tensor, fake: Tensor) -> Tensor:
     """A discriminator's: half the binary cross-entropies of its logits for real images (to 1) and fake ones (to 0)."""
-    return (F.softplus(-real).mean() + F.softplus(fake).mean()) / 2
+    return (F.softplus(-real.float()).mean() + F.softplus(fake.float()).mean()) / 2
 
 
 def is_power_of_two(size: int) -> bool:
