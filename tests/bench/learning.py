@@ -19,7 +19,7 @@ from zoo.methods import create_model, list_methods, presets
 
 # Pixels, else 128, which is small for the first three; the others' `lite` has networks for 64.
 SIZES = {"cfa": 224, "rd4ad": 224, "supersimplenet": 160, "fanogan": 64, "ganomaly": 64, "iad_inpainting": 64}
-STEPS = {"supersimplenet": 700}  # else those of `lite`
+STEPS = {"supersimplenet": 1000}  # else those of `lite`
 DATA = "synthetic:train=150,good=60,defect=63"
 METRICS = ("image_auroc", "pixel_ap", "pixel_auroc", "pixel_aupro")
 METHODS = [method for method in list_methods() if "trainer" in presets(method, "lite")]
