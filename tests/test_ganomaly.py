@@ -65,12 +65,16 @@ def test_parameters_of_the_original(size, encoder, discriminator):
 
 def test_layers_are_dcgans():
     model = build(input_size=128)
-    maps = [m for m in model.discriminator.maps if isinstance(m, nn.Conv2d)]
+    maps = [m for m in model.discriminator.maps.modules() if isinstance(m, nn.Conv2d)]
     assert [m.out_channels for m in maps] == [8, 16, 32, 64, 128]  # 64, 32, 16, 8 and 4 positions a side
     assert all((m.kernel_size, m.stride, m.padding, m.bias) == ((4, 4), (2, 2), (1, 1), None) for m in maps)
-    assert not isinstance(model.discriminator.maps[1], nn.BatchNorm2d)  # none after the first convolution
-    ups = [m for m in model.generator.decoder if isinstance(m, nn.ConvTranspose2d)]
-    assert [m.out_channels for m in ups] == [128, 64, 32, 16, 8, 1] and isinstance(model.generator.decoder[-1], nn.Tanh)
+    assert not any(
+        isinstance(m, nn.BatchNorm2d) for m in model.discriminator.maps[0]
+    )  # none after the first convolution
+    ups = [m for m in model.generator.decoder.modules() if isinstance(m, nn.ConvTranspose2d)]
+    assert [m.out_channels for m in ups] == [128, 64, 32, 16, 8, 1] and isinstance(
+        model.generator.decoder.blocks[-1][-1], nn.Tanh
+    )
     x = random(2, 1, 128, 128)
     assert model.discriminator.maps(x).shape == (2, 128, 4, 4)
     rebuilt, code, again = model.generator(x)

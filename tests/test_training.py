@@ -372,3 +372,23 @@ def test_trained_beats_untrained(method, seed):
             assert first == last == 0  # as in the original: the radius starts at 1e-5, and alpha is 0.1
         else:
             assert last < first, (name, run)
+
+
+# What compares an image with its rebuilt copy.
+RECONSTRUCTION = {
+    "fanogan": "loss_residual",
+    "ganomaly": "loss_contextual",
+    "iad_inpainting": "loss_contextual",
+    "riad": "loss_squared",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("method", RECONSTRUCTION)
+def test_rebuilding_is_learned_and_finds_defects(method, seed):
+    """Long form and the margin: as above."""
+    run = learning.compare(method, seed)
+    first, last = run["loss"][RECONSTRUCTION[method]]
+    assert last < first, run
+    assert run["trained"]["image_auroc"] > max(run["untrained"]["image_auroc"], run["beyond_chance"]), run

@@ -4,6 +4,10 @@
 
 Untrained, a method has its first weights (and CFA its bank, which is made before training). Beside image AUROC and
 pixel average precision stands pixel AUROC, which proves little: an untrained CFA can have a high one already.
+
+Methods without a backbone learn from pixels, and more slowly: they get more images, and are tested on more, so that
+chance tells less. Of scores that know nothing the image AUROC has mean 1/2 and variance (n + m + 1) / (12 n m) for n
+normal and m anomalous images (Mann and Whitney 1947): 0.5 + two standard deviations is what a seed must exceed.
 """
 
 import argparse
@@ -15,12 +19,13 @@ import torch
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.fit import evaluate, fit
-from zoo.methods import create_model, list_methods, presets
+from zoo.methods import create_model, list_methods, presets, signature
 
 # Pixels, else 128, which is small for the first three; the others' `lite` has networks for 64.
 SIZES = {"cfa": 224, "rd4ad": 224, "supersimplenet": 160, "fanogan": 64, "ganomaly": 64, "iad_inpainting": 64}
 STEPS = {"supersimplenet": 1000}  # else those of `lite`
-DATA = "synthetic:train=150,good=60,defect=63"
+IMAGES = {"train": 150, "good": 60, "defect": 63}
+OF_PIXELS = {"train": 600, "good": 300, "defect": 301}  # for methods without a backbone
 METRICS = ("image_auroc", "pixel_ap", "pixel_auroc", "pixel_aupro")
 METHODS = [method for method in list_methods() if "trainer" in presets(method, "lite")]
 
@@ -40,7 +45,8 @@ def untrained(method, data, size, seed):
 def compare(method, seed, max_steps=None):
     """Metrics before and after a fit with preset lite, and the parts of the loss in its first and last tenth."""
     size = SIZES.get(method, 128)
-    data = f"{DATA},size={size},seed={seed}"
+    counts = IMAGES if "backbone" in signature(method) else OF_PIXELS
+    data = "synthetic:" + ",".join(f"{key}={n}" for key, n in (counts | {"size": size, "seed": seed}).items())
     before = evaluate(untrained(method, data, size, seed), data)["metrics"]
     arguments = {"input_size": size, "seed": seed}
     steps = max_steps or STEPS.get(method)
@@ -48,15 +54,19 @@ def compare(method, seed, max_steps=None):
     model, record = fit(method, data, preset="lite", arguments=arguments, trainer_options=options)
     after = evaluate(model, data, record)["metrics"]
     losses = record["training"]["losses"]
+    first = {key: value for row in reversed(losses) for key, value in row.items()}  # a later phase has its own parts
+    n, m = counts["good"], counts["defect"]
     return {
         "method": method,
         "seed": seed,
         "size": size,
+        "images": counts,
         "steps": record["training"]["steps"],
         "fit_seconds": record["seconds"]["fit"],
+        "beyond_chance": round(0.5 + 2 * ((n + m + 1) / (12 * n * m)) ** 0.5, 4),  # in image AUROC
         "untrained": {key: round(before[key], 4) for key in METRICS},
         "trained": {key: round(after[key], 4) for key in METRICS},
-        "loss": {key: [losses[0][key], losses[-1][key]] for key in losses[0] if key.startswith("loss")},
+        "loss": {key: [first[key], losses[-1][key]] for key in losses[-1] if key.startswith("loss")},
     }
 
 

@@ -1,13 +1,13 @@
-"""All methods with the built-in backbone on one data set: synthetic, DeepPCB (circuit boards) or ELPV (solar cells).
+"""All methods, with preset lite, on the synthetic set, DeepPCB (circuit boards) and ELPV (solar cells).
 
-    python tests/bench/real_images.py synthetic --out tests/bench/real_images.json
+    python tests/bench/real_images.py synthetic deeppcb elpv --folder FOLDER --out tests/bench/real_images.json
     python tests/bench/real_images.py deeppcb --folder FOLDER --sizes 448 --out tests/bench/real_images.json
-    python tests/bench/real_images.py elpv --out tests/bench/real_images.json
 
-Runs are added to the record, in place of those of the same data, size and method; each has a process of its own, so
-that its peak memory is its own. ELPV needs `pip install -e ".[elpv]"` (CC BY-NC-SA): fitted on 300 functional
-monocrystalline cells, tested on the other functional ones against those that are surely defective (probability 1).
-DeepPCB's folder is MVTec-style with masks. Beside them stand plain numbers of an image, which learn nothing.
+Images are seen at 224 pixels, or at 128 where a method's networks want a power of two. Runs are added to the record, in
+place of those of the same data, size and method; each has a process of its own, so that its peak memory is its own.
+ELPV needs `pip install -e ".[elpv]"` (CC BY-NC-SA): fitted on 300 functional monocrystalline cells, tested on the other
+functional ones against those that are surely defective (probability 1). DeepPCB's folder is MVTec-style with masks.
+Beside them stand plain numbers of an image, which learn nothing.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from zoo.methods import list_methods
 from zoo.run import RunOptions
 
 NAMES = {"synthetic": "synthetic", "deeppcb": "DeepPCB", "elpv": "ELPV"}
+SIZES = dict.fromkeys(("fanogan", "ganomaly", "iad_inpainting"), 128)  # else 224, which these can't have
 SYNTHETIC = "synthetic:train=300,good=100,defect=105,size=224"
 
 
@@ -94,49 +95,44 @@ def table(report):
     return "\n".join(lines)
 
 
+def run_all(options, data, source, temporary, report):
+    """Each method on one data set, in a process of its own; the report grows by each."""
+    found = report.setdefault(data, {"runs": []})
+    found["plain_numbers"] = plain_numbers(source)
+    print(data, found["plain_numbers"], flush=True)
+    for method in options.methods:
+        for size in options.sizes or [SIZES.get(method, 224)]:
+            print(data, size, method, flush=True)
+            one = temporary / "record.json"
+            command = [sys.executable, __file__, "--one", one, source, method, str(size), *options.set]
+            subprocess.run(command, check=True)
+            record = json.loads(one.read_text())
+            found["runs"] = [run for run in found["runs"] if key_of(run) != key_of(record)] + [record]
+            found["runs"].sort(key=lambda run: key_of(run)[::-1])
+            if options.out:
+                options.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
 def main():
+    if sys.argv[1:2] == ["--one"]:
+        out, source, method, size, *pairs = sys.argv[2:]
+        extra = {name: json.loads(value) for name, value in (pair.split("=", 1) for pair in pairs)}
+        return run_one(method, source, int(size), extra, Path(out))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", choices=["synthetic", "deeppcb", "elpv"])
+    parser.add_argument("data", nargs="+", choices=NAMES)
     parser.add_argument("--folder", type=Path, help="of DeepPCB")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[224])
+    parser.add_argument("--sizes", type=int, nargs="+", help="pixels; as above by default")
     parser.add_argument("--methods", nargs="+", default=list_methods())
     parser.add_argument("--set", nargs="*", default=[], help="further arguments, name=JSON")
     parser.add_argument("--out", type=Path, help="record that the runs are added to")
-    parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    extra = {k: json.loads(v) for k, v in (pair.split("=", 1) for pair in options.set)}
-    if options.one:
-        return run_one(options.methods[0], str(options.folder or SYNTHETIC), options.sizes[0], extra, options.one)
     report = json.loads(options.out.read_text()) if options.out and options.out.exists() else {}
+    if "deeppcb" in options.data and not options.folder:
+        parser.error("deeppcb needs --folder")
     with tempfile.TemporaryDirectory() as temporary:
-        if options.data == "elpv":
-            options.folder = write_elpv(Path(temporary) / "elpv")
-        found = report.setdefault(options.data, {"runs": []})
-        found["plain_numbers"] = plain_numbers(str(options.folder or SYNTHETIC))
-        print(options.data, found["plain_numbers"], flush=True)
-        for size in options.sizes:
-            for method in options.methods:
-                print(options.data, size, method, flush=True)
-                one = Path(temporary) / "record.json"
-                command = [
-                    sys.executable,
-                    __file__,
-                    options.data,
-                    "--one",
-                    one,
-                    "--methods",
-                    method,
-                    "--sizes",
-                    str(size),
-                ]
-                command += ["--folder", options.folder] * bool(options.folder) + ["--set", *options.set]
-                subprocess.run(command, check=True)
-                record = json.loads(one.read_text())
-                key = (method, size)
-                found["runs"] = [run for run in found["runs"] if key_of(run) != key] + [record]
-                found["runs"].sort(key=lambda run: key_of(run)[::-1])
-                if options.out:
-                    options.out.write_text(json.dumps(report, indent=1) + "\n")
+        for data in options.data:
+            source = {"synthetic": SYNTHETIC, "deeppcb": str(options.folder)}.get(data)
+            run_all(options, data, source or str(write_elpv(Path(temporary) / data)), Path(temporary), report)
     print(table(report))
 
 

@@ -102,12 +102,12 @@ class FAnoGAN(AnomalyModule):
         return int(step >= round(self.hparams.gan_share * self.steps_planned))
 
     def on_train_start(self) -> None:
-        super().on_train_start()
         if not self.phase_at(self.steps_planned - 1) or self.phase_at(self.hparams.critic_steps - 1):
             raise ZooError(
                 f"--gan-share {self.hparams.gan_share} of {self.steps_planned} steps leaves generator or encoder none; "
                 f"the generator's first comes after {self.hparams.critic_steps} of the critic (--critic-steps)."
             )
+        super().on_train_start()
 
     def train(self, mode: bool = True) -> "FAnoGAN":
         super().train(mode)

@@ -10,6 +10,7 @@ Deviations: not known, for that reason. Where the set's own Inpainting pairs are
 rectangles, strokes, patches of other normal images and Perlin noise, on a share of each batch.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -20,23 +21,28 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.image import EXTENSIONS, read_image, to_tensor
 from zoo.module import AnomalyModule, Batch, Scores
-from zoo.nn.dcgan import Decoder, Encoder, adversarial_loss, is_power_of_two
+from zoo.nn.dcgan import Decoder, Encoder, adversarial_loss, halvings, is_power_of_two
 from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
 from zoo.nn.perlin import perlin_noise
 from zoo.nn.seed import seeded
+from zoo.nn.similarity import msgms_map, ssim_distances, unit
 
-KINDS = ("rectangle", "stroke", "patch", "perlin")
+KINDS = ("rectangle", "stroke", "patch", "shift", "perlin")
 EXTENT = (1 / 32, 1 / 4)  # sides of rectangles and patches, as shares of the image's
 WIDTH = (1 / 128, 1 / 32)  # half the width of strokes
+SHIFT = (1 / 40, 1 / 6)  # how far away the content of a shift is
 OPACITY = 0.3  # of a corruption, at least; 1 at most
+EDGE = (0.4, 4.0)  # pixels, sigma of the blur of a corruption's outline
+FAINT = 0.01  # share of a corruption in a pixel, below which the pixel stays as it is
+READERS = 8  # threads that read pairs
 
 PRESETS = {
     "original": {"data": {"batch_size": 32}, "trainer": {"max_epochs": 30}},
     "paper224": {"data": {"batch_size": 32}, "trainer": {"max_epochs": 30}},
     "lite": {
-        "model": {"input_size": 64, "width": 16, "lr": 1e-3},
-        "data": {"batch_size": 16},
-        "trainer": {"max_steps": 500},
+        "model": {"input_size": 128, "width": 16, "lr": 1e-3},
+        "data": {"batch_size": 8},
+        "trainer": {"max_steps": 1500},
     },
 }
 
@@ -49,13 +55,18 @@ class IADInpainting(AnomalyModule):
         channels: 1 (grey) or 3 (colour) of the images that the networks see.
         latent: length of the codes.
         width: channels of the finest maps; each halving doubles them.
+        skips: of the encoder's maps, from the finest on, so many are shown to the decoder beside the code.
         reconstruction_share: of the steps, in which images are rebuilt as they are; in the rest they are corrupted.
         inpainting_pairs: folder of pairs, `*abnormal*` and `*normal*` by otherwise equal names; None makes them.
-        corruptions: kinds of what is made: rectangle, stroke, patch, perlin.
+        corruptions: kinds of what is made: rectangle, stroke, patch (of another image), shift (of the image's own
+            content), perlin (noise).
+        corruptions_per_image: so many, each of a kind of its own.
         corrupted_share: of the images of a batch in the second phase, the others stay clean; without pairs.
         adversarial_weight: of the distance of the discriminator's features in the generator's loss.
         contextual_weight: of the pixels' absolute error in it.
+        structure_weight: of 1 - SSIM in it.
         latent_weight: of the codes' squared distance in it.
+        residual: the map's: `absolute`, |x - x_hat|; `structure`, 1 - SSIM; `gradient`, 1 - MSGMS.
         score: the image's: `latent`, squared distance of its code and the rebuilt one's; `residual`, the map's maximum.
         sigma: of the Gaussian that smooths the map, in pixels of the input size.
         collapsed: standard deviation of the codes over a batch below which the fit stops.
@@ -76,13 +87,17 @@ class IADInpainting(AnomalyModule):
         channels: int = 1,
         latent: int = 100,
         width: int = 64,
-        reconstruction_share: float = 0.5,
+        skips: int = 3,
+        reconstruction_share: float = 0.1,
         inpainting_pairs: str | None = None,
-        corruptions: list[str] = ["rectangle", "stroke", "patch", "perlin"],  # noqa: B006 - never changed
-        corrupted_share: float = 0.75,
-        adversarial_weight: float = 1.0,
+        corruptions: list[str] = ["rectangle", "stroke", "patch", "shift", "perlin"],  # noqa: B006 - never changed
+        corruptions_per_image: int = 4,
+        corrupted_share: float = 0.9,
+        adversarial_weight: float = 0.05,
         contextual_weight: float = 50.0,
+        structure_weight: float = 0.0,
         latent_weight: float = 1.0,
+        residual: Literal["absolute", "structure", "gradient"] = "absolute",
         score: Literal["latent", "residual"] = "residual",
         sigma: float = 2.0,
         collapsed: float = 1e-4,
@@ -100,16 +115,23 @@ class IADInpainting(AnomalyModule):
             raise ZooError(f"--corruptions are some of {', '.join(KINDS)}, not {corruptions}.")
         if not (0 <= reconstruction_share < 1 and 0 < corrupted_share <= 1):
             raise ZooError("--reconstruction-share is in [0, 1), --corrupted-share in (0, 1].")
-        if min(adversarial_weight, contextual_weight, latent_weight, collapsed) < 0:
-            raise ZooError("The three weights of the loss and --collapsed are at least 0.")
-        if min(lr, sigma) <= 0 or not 0 <= beta1 < 1 or min(latent, width) < 1:
-            raise ZooError("--lr and --sigma are above 0, --beta1 in [0, 1), --latent and --width at least 1.")
+        if min(adversarial_weight, contextual_weight, structure_weight, latent_weight, collapsed) < 0:
+            raise ZooError("The four weights of the loss and --collapsed are at least 0.")
+        if min(lr, sigma) <= 0 or not 0 <= beta1 < 1 or min(latent, width, corruptions_per_image) < 1:
+            raise ZooError(
+                "--lr and --sigma are above 0, --beta1 in [0, 1), --latent, --width and --corruptions-per-image at "
+                "least 1."
+            )
+        if not 0 <= skips <= halvings(side):
+            raise ZooError(f"--skips is 0 to {halvings(side)}, the number of halvings of --input-size, not {skips}.")
         if score not in self.score_forms:
             raise ZooError(f"--score is latent or residual, not {score}.")
+        if residual not in RESIDUALS:
+            raise ZooError(f"--residual is {', '.join(RESIDUALS)}, not {residual}.")
         self.pairs = find_pairs(Path(inpainting_pairs)) if inpainting_pairs else []
         with seeded(seed, 0):
             self.encoder = Encoder(side, channels, width, latent)
-            self.decoder = Decoder(side, channels, width, latent)
+            self.decoder = Decoder(side, channels, width, latent, skips)
             self.discriminator = Encoder(side, channels, width, 1)
 
     def phase_at(self, step: int) -> int:
@@ -122,8 +144,7 @@ class IADInpainting(AnomalyModule):
         if self.phases[int(self.phase)] == "inpainting":
             seen, clean = self.corrupted(clean)
         with generator.toggle_model():
-            code = self.encoder(seen)
-            rebuilt = self.decoder(code)
+            rebuilt, code = self.rebuild(seen)
             # What a rebuilt image's code should be: that of the clean one.
             target = code if seen is clean else self.encoder(clean)
             loss = self.generator_loss(clean, rebuilt, target, self.encoder(rebuilt))
@@ -142,22 +163,36 @@ class IADInpainting(AnomalyModule):
         count = len(clean)
         if not self.pairs:
             chosen = torch.rand(count, 1, 1, 1, device=clean.device) < self.hparams.corrupted_share
-            return torch.where(chosen, corrupt(clean, self.hparams.corruptions), clean), clean
+            made = clean
+            for _ in range(self.hparams.corruptions_per_image):
+                made = corrupt(made, self.hparams.corruptions)
+            return torch.where(chosen, made, clean), clean
         drawn = [self.pairs[i] for i in torch.randint(len(self.pairs), (count,)).tolist()]
-        abnormal, normal = (
-            torch.cat([self.prepare(to_tensor(read_image(path))[None]) for path in side])  # (B, C, S, S)
-            for side in zip(*drawn, strict=True)
-        )
-        return abnormal.to(clean.device), normal.to(clean.device)
+        with ThreadPoolExecutor(READERS) as pool:
+            images = list(pool.map(self.read, [path for side in zip(*drawn, strict=True) for path in side]))
+        seen, clean = torch.cat(images).to(clean.device).chunk(2)  # (B, C, S, S) each
+        return seen, clean
+
+    def read(self, path: Path) -> Tensor:
+        return self.prepare(to_tensor(read_image(path), path)[None])  # (1, C, S, S)
+
+    def rebuild(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, C, S, S) -> rebuilt ones, and the codes (B, latent, 1, 1) that they were rebuilt from."""
+        levels = self.encoder.levels(x)
+        code = self.encoder.encode(levels[-1])
+        return self.decoder(code, levels), code
 
     def generator_loss(self, clean: Tensor, rebuilt: Tensor, code: Tensor, again: Tensor) -> Tensor:
         """Of clean and rebuilt images (B, C, S, S) and the codes of both (B, latent, 1, 1)."""
         h, maps = self.hparams, self.discriminator.maps
-        return self.total_loss(
-            adversarial=h.adversarial_weight * F.mse_loss(maps(rebuilt), maps(clean)),
-            contextual=h.contextual_weight * F.l1_loss(rebuilt, clean),
-            latent=h.latent_weight * F.mse_loss(again, code),
-        )
+        parts = {
+            "adversarial": h.adversarial_weight * F.mse_loss(maps(rebuilt), maps(clean)),
+            "contextual": h.contextual_weight * F.l1_loss(rebuilt, clean),
+            "latent": h.latent_weight * F.mse_loss(again, code),
+        }
+        if h.structure_weight:
+            parts["structure"] = h.structure_weight * ssim_distances(unit(clean), unit(rebuilt)).mean()
+        return self.total_loss(**parts)
 
     def watch(self, codes: Tensor) -> None:
         """Stop where the codes (B, latent) of a batch have become one: the shared encoder makes that easy."""
@@ -179,7 +214,8 @@ class IADInpainting(AnomalyModule):
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
         x = self.prepare(images)  # (B, C, S, S)
         rebuilt, latent = self.judge(x)
-        maps = gaussian_blur((x - rebuilt).abs().float().mean(1, keepdim=True), self.hparams.sigma)  # (B, 1, S, S)
+        differences = RESIDUALS[self.hparams.residual](unit(x.float()), unit(rebuilt.float()))
+        maps = gaussian_blur(differences, self.hparams.sigma)  # (B, 1, S, S)
         if self.hparams.score == "residual":
             score = masked_to_roi(maps, roi).amax(dim=(1, 2, 3))
         elif roi is None:
@@ -191,37 +227,65 @@ class IADInpainting(AnomalyModule):
 
     def judge(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, S, S) -> rebuilt ones, and the mean squared distances (B,) of the codes of both."""
-        code = self.encoder(x)
-        rebuilt = self.decoder(code)
+        rebuilt, code = self.rebuild(x)
         return rebuilt, (code.float() - self.encoder(rebuilt).float()).square().mean(dim=(1, 2, 3))
 
 
+def absolute(images: Tensor, others: Tensor) -> Tensor:
+    """|x - y| of images (B, C, S, S), mean over the channels: (B, 1, S, S)."""
+    return (images - others).abs().mean(1, keepdim=True)
+
+
+def structure(images: Tensor, others: Tensor) -> Tensor:
+    """1 - SSIM of images (B, C, S, S) in [0, 1], mean over the channels: (B, 1, S, S)."""
+    return ssim_distances(images, others).mean(1, keepdim=True)
+
+
+RESIDUALS = {"absolute": absolute, "structure": structure, "gradient": msgms_map}
+
+
 def corrupt(x: Tensor, kinds: list[str]) -> Tensor:
-    """Images (B, C, S, S) in [-1, 1], each with something of one kind on it that is not its own."""
+    """Images (B, C, S, S) in [-1, 1], each with something of one kind on it that is not as it should be."""
     count, device = len(x), x.device
     kind = torch.randint(len(kinds), (count,), device=device)[:, None, None, None]
     opacity = OPACITY + (1 - OPACITY) * torch.rand(count, 1, 1, 1, device=device)
+    low, high = EDGE
+    sigma = low * (high / low) ** float(torch.rand(()))
     made = x
     for i, name in enumerate(kinds):
         where, what = paint(name, x)
-        made = torch.where((kind == i) & where, x + opacity * (what - x), made)
+        share = opacity * gaussian_blur(where, sigma)  # (B, 1, S, S)
+        made = torch.where((kind == i) & (share > FAINT), x + share * (what - x), made)
     return made
 
 
 def paint(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """Where a corruption lies, (B, 1, S, S) bool, and what is there, (B, C or 1, S, S)."""
     count, _, side, _ = x.shape
-    grey = 2 * torch.rand(count, 1, 1, 1, device=x.device) - 1
     if kind == "rectangle":
-        return rectangles(count, side, x.device), grey
+        return rectangles(count, side, x.device), colours(x)
     if kind == "stroke":
-        return strokes(count, side, x.device), grey
+        return strokes(count, side, x.device), colours(x)
     if kind == "patch":  # of the next image, from elsewhere
         down, across = (int(torch.randint(side, ())) for _ in range(2))
         return rectangles(count, side, x.device), x.roll((1, down, across), (0, 2, 3))
+    if kind == "shift":  # of the image itself, from near by: along, across or both
+        low, high = (round(side * share) for share in SHIFT)
+        moves = torch.randint(low, high + 1, (2,)) * (2 * torch.randint(2, (2,)) - 1)
+        down, across = (moves * torch.tensor([[1, 1], [1, 0], [0, 1]])[torch.randint(3, ())]).tolist()
+        return rectangles(count, side, x.device), x.roll((down, across), (2, 3))
     cells = 2 ** torch.randint(1, 5, (2 * count, 2), device=x.device)
     noise = perlin_noise(cells, (side, side))[:, None]  # (2B, 1, S, S)
-    return noise[:count] > 0.4, (grey + noise[count:]).clamp(-1, 1)
+    return noise[:count] > 0.4, (colours(x) + noise[count:]).clamp(-1, 1)
+
+
+def colours(x: Tensor) -> Tensor:
+    """One for each image (B, C, S, S), (B, C, 1, 1): any grey, or that of one of its own pixels."""
+    count, channels, side, _ = x.shape
+    place = torch.randint(side * side, (count, 1, 1), device=x.device).expand(-1, channels, 1)
+    own = x.flatten(2).gather(2, place)[..., None]
+    grey = 2 * torch.rand(count, 1, 1, 1, device=x.device) - 1
+    return torch.where(torch.rand(count, 1, 1, 1, device=x.device) < 0.5, own, grey)
 
 
 def rectangles(count: int, side: int, device: torch.device) -> Tensor:

@@ -18,14 +18,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from zoo.errors import ZooError
 from zoo.module import AnomalyModule, Batch, Scores
 from zoo.nn.maps import masked_to_roi, resize_map
 from zoo.nn.precision import full_precision
 from zoo.nn.seed import seeded
-from zoo.nn.similarity import msgms_loss, msgms_map
+from zoo.nn.similarity import msgms_loss, msgms_map, ssim_distances, unit
 
 SMALLEST = 16  # pixels a side of the smallest image that the U-Net can halve four times
 
@@ -122,13 +121,10 @@ class RIAD(AnomalyModule):
         x = self.prepare(batch.image)  # (B, C, *size)
         rebuilt = self.rebuild(x, h.cells[int(torch.randint(len(h.cells), ()))])
         real, made = unit(x), unit(rebuilt)
-        with full_precision(x):
-            # 11 x 11 Gaussian, sigma 1.5; doubles, because differences of squares are nothing for TF32.
-            similar = structural_similarity_index_measure(made.double(), real.double(), data_range=1.0).float()
         return self.total_loss(
             squared=h.squared_weight * F.mse_loss(rebuilt, x),
             gradient=h.gradient_weight * msgms_loss(real, made),
-            structure=h.structure_weight * (1 - similar),
+            structure=h.structure_weight * ssim_distances(real, made).mean(),
         )
 
     def configure_optimizers(self) -> dict[str, Any]:
@@ -173,11 +169,6 @@ def block(inside: int, outside: int, halve: bool = False) -> nn.Sequential:
     return nn.Sequential(
         first, nn.BatchNorm2d(outside), nn.ReLU(inplace=True), second, nn.BatchNorm2d(outside), nn.ReLU(inplace=True)
     )
-
-
-def unit(images: Tensor) -> Tensor:
-    """From [-1, 1] to [0, 1]."""
-    return (images + 1) / 2
 
 
 def mean_filter(maps: Tensor, window: int) -> Tensor:

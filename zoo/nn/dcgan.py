@@ -3,6 +3,10 @@
 No convolution has a bias; weights start as N(0, 0.02), those of BatchNorm as N(1, 0.02).
 """
 
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,31 +27,63 @@ class Encoder(nn.Module):
 
     def __init__(self, size: int, channels: int, width: int, code: int):
         super().__init__()
-        blocks = [nn.Conv2d(channels, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
-        for _ in range(halvings(size) - 1):
-            blocks += [nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False), nn.BatchNorm2d(2 * width), nn.LeakyReLU(0.2)]
-            width *= 2
-        self.maps = nn.Sequential(*blocks)
-        self.code = nn.Conv2d(width, code, SMALLEST, bias=False)
+        first = nn.Sequential(nn.Conv2d(channels, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2))
+        wide = [width << level for level in range(halvings(size))]
+        self.maps = nn.Sequential(first, *(halve(a, b) for a, b in pairwise(wide)))
+        self.code = nn.Conv2d(wide[-1], code, SMALLEST, bias=False)
         self.apply(start)
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.maps(images)
+        return self.encode(self.maps(images))
+
+    def encode(self, maps: Tensor) -> Tensor:
+        """Maps (B, width * S / 8, 4, 4) -> codes (B, code, 1, 1)."""
         with full_precision(maps):  # codes are compared: their last digits count
             return self.code(maps.float())
 
+    def levels(self, images: Tensor) -> list[Tensor]:
+        """All maps: (B, width, S / 2, S / 2), (B, 2 * width, S / 4, S / 4), ... (B, width * S / 8, 4, 4)."""
+        return list(accumulate(self.maps, lambda maps, block: block(maps), initial=images))[1:]
 
-class Decoder(nn.Sequential):
-    """Codes (B, code, 1, 1) -> images (B, C, S, S) in [-1, 1]; the encoder's mirror image."""
 
-    def __init__(self, size: int, channels: int, width: int, code: int):
-        wide = width << halvings(size) - 1
-        blocks = [nn.ConvTranspose2d(code, wide, SMALLEST, bias=False), nn.BatchNorm2d(wide), nn.ReLU()]
-        while wide > width:
-            blocks += [nn.ConvTranspose2d(wide, wide // 2, 4, 2, 1, bias=False), nn.BatchNorm2d(wide // 2), nn.ReLU()]
-            wide //= 2
-        super().__init__(*blocks, nn.ConvTranspose2d(width, channels, 4, 2, 1, bias=False), nn.Tanh())
+class Decoder(nn.Module):
+    """Codes (B, code, 1, 1) -> images (B, C, S, S) in [-1, 1]; the encoder's mirror image.
+
+    Args:
+        size, channels, width, code: as the encoder's.
+        skips: of the encoder's levels, from the finest on, so many are joined to the decoder's maps of their size.
+    """
+
+    def __init__(self, size: int, channels: int, width: int, code: int, skips: int = 0):
+        super().__init__()
+        wide = [width << level for level in range(halvings(size))]
+        first = nn.Sequential(nn.ConvTranspose2d(code, wide[-1], SMALLEST, bias=False), *normed(wide[-1]))
+        joined = [2 * w if level < skips else w for level, w in enumerate(wide)]
+        doublings = [double(a, b) for a, b in zip(joined[:0:-1], wide[-2::-1], strict=True)]
+        last = nn.Sequential(nn.ConvTranspose2d(joined[0], channels, 4, 2, 1, bias=False), nn.Tanh())
+        self.first, self.blocks, self.skips = first, nn.ModuleList([*doublings, last]), skips
         self.apply(start)
+
+    def forward(self, codes: Tensor, levels: Sequence[Tensor] = ()) -> Tensor:
+        """`levels` are the encoder's; needed where there are skips."""
+        x = self.first(codes)  # (B, width * S / 8, 4, 4)
+        for level, block in zip(reversed(range(len(self.blocks))), self.blocks, strict=True):
+            x = block(torch.cat([x, levels[level]], 1) if level < self.skips else x)  # twice the size
+        return x
+
+
+def halve(before: int, after: int) -> nn.Sequential:
+    """Maps (B, before, h, w) -> (B, after, h / 2, w / 2)."""
+    return nn.Sequential(nn.Conv2d(before, after, 4, 2, 1, bias=False), nn.BatchNorm2d(after), nn.LeakyReLU(0.2))
+
+
+def double(before: int, after: int) -> nn.Sequential:
+    """Maps (B, before, h, w) -> (B, after, 2 h, 2 w)."""
+    return nn.Sequential(nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False), *normed(after))
+
+
+def normed(channels: int) -> tuple[nn.Module, nn.Module]:
+    return nn.BatchNorm2d(channels), nn.ReLU()
 
 
 def adversarial_loss(real: Tensor, fake: Tensor) -> Tensor:

@@ -1,13 +1,33 @@
-"""Gradient magnitude similarity of two images (Xue et al. 2014, arXiv 1308.3052), at one scale and at several."""
+"""Similarity of two images: of structure (SSIM, Wang et al. 2004) and of gradient magnitude (Xue et al. 2014,
+arXiv 1308.3052), the latter at one scale and at several."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
 
 from zoo.nn.maps import resize_map
+from zoo.nn.precision import full_precision
 
 C = 0.0026  # for intensities in [0, 1]: 170 / 255^2; it goes with their range squared
 SCALES = 4  # of the multi-scale form: full size, half, quarter, eighth
+
+
+def unit(images: Tensor) -> Tensor:
+    """From [-1, 1] to [0, 1]."""
+    return (images + 1) / 2
+
+
+def ssim_distances(images: Tensor, others: Tensor) -> Tensor:
+    """1 - SSIM of images (B, C, H, W) in [0, 1], by an 11 x 11 Gaussian of sigma 1.5: float32, of the same shape.
+
+    In doubles, because differences of squares are nothing for TF32.
+    """
+    with full_precision(images):
+        _, similar = structural_similarity_index_measure(
+            others.double(), images.double(), data_range=1.0, return_full_image=True
+        )
+        return 1 - similar.float()
 
 
 def gradient_magnitude(grey: Tensor) -> Tensor:
