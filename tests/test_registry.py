@@ -24,7 +24,7 @@ SIZE = 96
 # Beside preset lite and input_size, to be quick.
 SMALL = {
     "fanogan": {"input_size": 64},
-    "ganomaly": {"input_size": 32},
+    "ganomaly": {"input_size": 32, "lr": 5e-4, "latent_weight": 50.0},
     "iad_inpainting": {"input_size": 64, "width": 8},
     "padim": {"dims": 40},
     "patchcore": {"bank_size": 300},

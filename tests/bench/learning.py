@@ -21,8 +21,8 @@ from zoo.data.datamodule import AnomalyDataModule
 from zoo.fit import evaluate, fit
 from zoo.methods import create_model, list_methods, presets, signature
 
-# Pixels, else 128, which is small for the first three; the others' `lite` has networks for 64.
-SIZES = {"cfa": 224, "rd4ad": 224, "supersimplenet": 160, "fanogan": 64, "ganomaly": 64, "iad_inpainting": 64}
+# Pixels, else 128, which is small for the first three; `lite` of the others has networks for 64.
+SIZES = {"cfa": 224, "rd4ad": 224, "supersimplenet": 160, "fanogan": 64, "ganomaly": 64}
 STEPS = {"supersimplenet": 1000}  # else those of `lite`
 IMAGES = {"train": 150, "good": 60, "defect": 63}
 OF_PIXELS = {"train": 600, "good": 300, "defect": 301}  # for methods without a backbone

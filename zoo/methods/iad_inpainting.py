@@ -42,7 +42,7 @@ PRESETS = {
     "lite": {
         "model": {"input_size": 128, "width": 16, "lr": 1e-3},
         "data": {"batch_size": 8},
-        "trainer": {"max_steps": 1500},
+        "trainer": {"max_steps": 2000},
     },
 }
 
@@ -58,8 +58,7 @@ class IADInpainting(AnomalyModule):
         skips: of the encoder's maps, from the finest on, so many are shown to the decoder beside the code.
         reconstruction_share: of the steps, in which images are rebuilt as they are; in the rest they are corrupted.
         inpainting_pairs: folder of pairs, `*abnormal*` and `*normal*` by otherwise equal names; None makes them.
-        corruptions: kinds of what is made: rectangle, stroke, patch (of another image), shift (of the image's own
-            content), perlin (noise).
+        corruptions: kinds of what is made: rectangle, stroke, patch of another image, shift of its own content, perlin.
         corruptions_per_image: so many, each of a kind of its own.
         corrupted_share: of the images of a batch in the second phase, the others stay clean; without pairs.
         adversarial_weight: of the distance of the discriminator's features in the generator's loss.
