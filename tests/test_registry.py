@@ -12,6 +12,7 @@ import pytest
 import torch
 from sklearn.metrics import roc_auc_score
 
+from zoo.cli import main
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.errors import ZooError
@@ -246,6 +247,21 @@ def test_fits_with_validation_in_a_plain_trainer(method, mvtec):
     measured, scores = float(trainer.callback_metrics["image_auroc"]), [score for *_, score in model.scored]
     assert measured == pytest.approx(roc_auc_score([label for _, label, _ in model.scored], scores))
     assert measured > 0.9 or method in STEPS  # one epoch teaches a gradient nothing
+
+
+@METHODS
+def test_trains_evaluates_saves_loads_and_predicts_from_the_command_line(method, mvtec, tmp_path):
+    options = [f"--{name.replace('_', '-')}={json.dumps(value)}" for name, value in small(method).items()]
+    options += ["--max-steps=4"] * (method in STEPS)
+    assert main(["fit", method, "--preset", "lite", "--data", str(mvtec), "--name", "cli", *options]) == 0
+    assert main(["evaluate", "cli", "--data", str(mvtec)]) == 0
+    image = next((mvtec / "test/square").iterdir())
+    assert main(["predict", "cli", str(image), "--out", str(tmp_path)]) == 0
+    (found,) = json.loads((tmp_path / "predictions.json").read_text())["images"]
+    expected = from_pretrained("cli").predict(image)
+    assert found["score"] == pytest.approx(expected.score, rel=1e-5) and expected.map.shape == (96, 96)
+    assert (tmp_path / "heatmaps" / f"{image.stem}.png").is_file()
+    assert "image_auroc" in json.loads((model_place("cli") / "results.json").read_text())["metrics"]
 
 
 @METHODS

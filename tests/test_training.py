@@ -362,9 +362,9 @@ def test_an_interrupted_fit_goes_on_with_losses_and_selection(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("method", [m for m in GRADIENT if "backbone" in signature(m)])
-def test_trained_beats_untrained(method, seed):
+def test_trained_beats_untrained(method, seed, tmp_path):
     """Long form: tests/bench/learning.py, whose record is learning.json."""
-    run = learning.compare(method, seed)
+    run = learning.compare(method, seed, tmp_path)
     for key in ("image_auroc", "pixel_ap"):
         assert run["trained"][key] >= run["untrained"][key] + 0.05, run
     for name, (first, last) in run["loss"].items():
@@ -384,11 +384,13 @@ RECONSTRUCTION = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("method", RECONSTRUCTION)
-def test_rebuilding_is_learned_and_finds_defects(method, seed):
-    """Long form and the margin: as above."""
-    run = learning.compare(method, seed)
-    first, last = run["loss"][RECONSTRUCTION[method]]
-    assert last < first, run
-    assert run["trained"]["image_auroc"] > max(run["untrained"]["image_auroc"], run["beyond_chance"]), run
+def test_rebuilding_is_learned_and_finds_defects(method, tmp_path):
+    """Long form, and where the margin comes from: as above."""
+    runs = [learning.compare(method, seed, tmp_path / str(seed)) for seed in (0, 1, 2)]
+    for run in runs:
+        first, last = run["loss"][RECONSTRUCTION[method]]
+        assert last < first, run
+        assert run["trained"]["image_auroc"] > run["untrained"]["image_auroc"], run
+    mean = np.mean([run["trained"]["image_auroc"] for run in runs])
+    assert mean > 0.5 + 2 * runs[0]["chance_deviation"] / 3**0.5, runs

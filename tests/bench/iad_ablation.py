@@ -2,9 +2,10 @@
 
     python tests/bench/iad_ablation.py --out tests/bench/iad_ablation.json
 
-Each fit has preset `lite` but for what its row names. The choice is made on the validation half of the test set, by the
-mean of image AUROC and pixel average precision; the reported half stands beside it. Each model's residuals are smoothed
-and compared in three ways. `plain` is the form with which the work began: a GANomaly with one encoder that inpaints.
+Each fit has preset `lite` but for what its row names; `plain` is the form with which the work began, a GANomaly of one
+encoder that inpaints. The choice is made on the validation half of the test set, by the mean of image AUROC and pixel
+average precision; the reported half stands beside it. Of 50 normal and 52 anomalous images an AUROC has a standard
+deviation of 0.05: less is no win, and the form stays. Each model's residuals are compared and smoothed in three ways.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from zoo.methods.iad_inpainting import RESIDUALS
 
 DATA = "synthetic:train=300,good=100,defect=105,size=128"
 OLD = ["rectangle", "stroke", "patch", "perlin"]
+# Half of the reconstruction, one encoder, an adversary at full weight: GANomaly, as it were, that inpaints.
 PLAIN = {"skips": 0, "reconstruction_share": 0.5, "adversarial_weight": 1.0, "corrupted_share": 0.75}
 FITS = {
     "lite": {},
@@ -65,6 +67,10 @@ def judged(model, test):
     return found
 
 
+def key_of(run):
+    return run["fit"], run["seed"], run["steps"]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fits", nargs="+", choices=FITS, default=list(FITS))
@@ -83,7 +89,7 @@ def main():
             cost = {"steps": record["training"]["steps"], "fit_seconds": record["seconds"]["fit"]}
             run = {"fit": name, "changed": FITS[name], "seed": seed} | cost | judged(model, test)
             print(json.dumps(run), flush=True)
-            runs = [other for other in runs if (other["fit"], other["seed"]) != (name, seed)] + [run]
+            runs = [other for other in runs if key_of(other) != key_of(run)] + [run]
             if options.out:
                 options.out.write_text(json.dumps(runs, indent=1) + "\n")
 
