@@ -24,7 +24,7 @@ from zoo.module import AnomalyModule, Batch
 SIZE = 96
 # Beside preset lite and input_size, to be quick.
 SMALL = {
-    "fanogan": {"input_size": 64},
+    "fanogan": {"input_size": 64, "width": 4, "critic_steps": 1, "gan_lr": 2e-3, "gan_share": 0.4, "encoder_lr": 4e-4},
     "ganomaly": {"input_size": 32, "lr": 5e-4, "latent_weight": 50.0},
     "iad_inpainting": {"input_size": 64, "width": 8},
     "padim": {"dims": 40},
@@ -33,7 +33,7 @@ SMALL = {
 # Enough to learn stripes.
 STEPS = {
     "cfa": 60,
-    "fanogan": 150,
+    "fanogan": 250,
     "fastflow": 40,
     "ganomaly": 150,
     "iad_inpainting": 100,
