@@ -73,7 +73,7 @@ def test_layers_are_dcgans():
     )  # none after the first convolution
     ups = [m for m in model.generator.decoder.modules() if isinstance(m, nn.ConvTranspose2d)]
     assert [m.out_channels for m in ups] == [128, 64, 32, 16, 8, 1] and isinstance(
-        model.generator.decoder.blocks[-1][-1], nn.Tanh
+        model.generator.decoder.last[-1], nn.Tanh
     )
     x = random(2, 1, 128, 128)
     assert model.discriminator.maps(x).shape == (2, 128, 4, 4)

@@ -20,7 +20,7 @@ from zoo.fit import evaluate, fit
 from zoo.hub import from_pretrained, model_place
 from zoo.methods import create_model
 from zoo.methods.iad_inpainting import KINDS, IADInpainting, colours, corrupt, find_pairs, paint, rectangles, strokes
-from zoo.nn.similarity import msgms_map, ssim_distances
+from zoo.nn.similarity import msgms_map
 
 DATA = "synthetic:train=60,good=9,defect=14,size=64"
 CPU = torch.device("cpu")
@@ -164,9 +164,10 @@ def test_shifts_are_of_the_images_own_content_from_near_by():
     moves = set()
     for _ in range(60):
         _, what = paint("shift", torch.stack([y, x])[None, :, :, :])
-        moves.add(tuple(int((what[0, i, 40, 40] - 40).abs()) for i in (0, 1)))
-    assert all(max(move) in range(2, 14) and min(move) in {0, *range(2, 14)} for move in moves)  # 80 / 40 to 80 / 6
-    assert {(dy > 0, dx > 0) for dy, dx in moves} == {(True, False), (False, True), (True, True)}
+        moves.add(tuple(int(what[0, i, 40, 40] - 40) for i in (0, 1)))
+    assert {abs(d) for move in moves for d in move} <= {0, *range(2, 14)}  # 80 / 40 to 80 / 6
+    signs = {tuple(np.sign(move).tolist()) for move in moves}
+    assert signs == {(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} - {(0, 0)}
 
 
 def test_colours_are_of_the_image_or_any():
@@ -187,7 +188,7 @@ def test_several_corruptions_cover_more():
         torch.manual_seed(0)
         model = build(corruptions_per_image=n, corrupted_share=1.0, corruptions=["stroke"])
         share[n] = np.mean([float((model.corrupted(x)[0] != 0).float().mean()) for _ in range(30)])
-    assert 2.5 < share[4] / share[1] < 4.0  # less than four times, as they overlap
+    assert 2.5 < share[4] / share[1] < 5  # four times, less the overlap, in the mean over many
 
 
 def test_a_share_stays_clean():
@@ -272,7 +273,7 @@ def test_first_rebuild_then_inpaint():
 
 
 def test_a_fit_too_short_for_inpainting_is_refused():
-    with pytest.raises(ZooError, match="^4 steps leave none for the phase inpainting; take more of them.$"):
+    with pytest.raises(ZooError, match="^4 steps leave none for the phase inpainting; take more of them, or give"):
         train(build(reconstruction_share=0.99))
 
 
@@ -383,14 +384,20 @@ def test_skips_show_the_finest_maps_to_the_decoder(skips):
 
 
 def test_structure_enters_the_loss_where_it_has_a_weight():
+    """Against scikit-image, for three channels."""
     parts = {}
-    model = build(structure_weight=2.0)
+    model = build(structure_weight=2.0, channels=3).eval()
     model.total_loss = lambda **given: parts.update(given) or sum(given.values())
-    x = 2 * random(2, 1, 64, 64) - 1
+    x = 2 * random(2, 3, 64, 64) - 1
     rebuilt, code = model.rebuild(x)
     model.generator_loss(x, rebuilt, code, code)
-    expected = 2 * float(model.hparams.structure_weight / 2 * ssim_distances((x + 1) / 2, (rebuilt + 1) / 2).mean())
-    assert float(parts["structure"]) == pytest.approx(expected, rel=1e-5)
+    options = dict(win_size=11, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, data_range=1, full=True)
+    found = []
+    for pair in zip((x + 1) / 2, (rebuilt.detach() + 1) / 2, strict=True):
+        for channel in range(3):
+            a, b = (np.pad(image[channel].double().numpy(), 5, mode="reflect") for image in pair)
+            found.append(1 - structural_similarity(a, b, **options)[1][5:-5, 5:-5])
+    assert float(parts["structure"]) == pytest.approx(2 * np.mean(found), abs=1e-4)
 
 
 def test_both_scores_are_reported(capsys):

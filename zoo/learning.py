@@ -155,7 +155,10 @@ class LearningModule(L.LightningModule):
         self.num_train_images = len(self.trainer.train_dataloader.dataset)
         self.pass_length = self.trainer.num_training_batches
         if self.phases and self.phase_at(self.steps_planned - 1) < len(self.phases) - 1:
-            raise ZooError(f"{self.steps_planned} steps leave none for the phase {self.phases[-1]}; take more of them.")
+            raise ZooError(
+                f"{self.steps_planned} steps leave none for the phase {self.phases[-1]}; "
+                "take more of them, or give the others a smaller share."
+            )
         if self.learns_by_gradient:
             if self.num_train_images // self.trainer.world_size < self.pass_length:  # a batch would be empty
                 raise ZooError("There are too few images for so many processes; take fewer of them, or larger batches.")

@@ -10,7 +10,7 @@ chance tells less. f-AnoGAN at this size can't make the layouts of the synthetic
 square that is turned by 90 degrees is planted: its greys are those of its surroundings.
 
 Of scores that know nothing the image AUROC has mean 1/2 and variance (n + m + 1) / (12 n m) for n normal and m
-anomalous images (Mann and Whitney 1947): 1/2 and two standard deviations are what the mean of the seeds must exceed.
+anomalous images (Mann and Whitney 1947): the mean of three seeds must exceed 1/2 by two deviations of such a mean.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def plant(folder, size, seed, train, good, defect):
     return folder
 
 
-def compare(method, seed, folder, max_steps=None):
+def compare(method, seed, folder):
     """Metrics before and after a fit with preset lite, and the parts of the loss in its first and last tenth.
 
     `folder` is an empty one, for images.
@@ -87,8 +87,7 @@ def compare(method, seed, folder, max_steps=None):
         data = str(plant(Path(folder), size, seed, **counts))
     before = evaluate(untrained(method, data, size, seed), data)["metrics"]
     arguments = {"input_size": size, "seed": seed}
-    steps = max_steps or STEPS.get(method)
-    options = {"max_steps": steps} if steps else None
+    options = {"max_steps": STEPS[method]} if method in STEPS else None
     model, record = fit(method, data, preset="lite", arguments=arguments, trainer_options=options)
     after = evaluate(model, data, record)["metrics"]
     losses = record["training"]["losses"]

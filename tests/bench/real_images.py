@@ -1,12 +1,12 @@
 """All methods, with preset lite, on the synthetic set, DeepPCB (circuit boards) and ELPV (solar cells).
 
     python tests/bench/real_images.py synthetic deeppcb elpv --folder FOLDER --out tests/bench/real_images.json
-    python tests/bench/real_images.py deeppcb --folder FOLDER --sizes 448 --out tests/bench/real_images.json
+    python tests/bench/real_images.py deeppcb --folder FOLDER --sizes 448 --methods rd4ad --out FILE
 
-Images are seen at 224 pixels, by methods without a backbone at 128. Runs are added to the record, in place of those of
-the same data, size and method; each has a process of its own, so that its peak memory is its own.
-ELPV needs `pip install -e ".[elpv]"` (CC BY-NC-SA): fitted on 300 functional monocrystalline cells, tested on the other
-functional ones against those that are surely defective (probability 1). DeepPCB's folder is MVTec-style with masks.
+Images are seen at 224 pixels, by methods without a backbone at 128 or 64. Runs are added to the record, in place of
+those of the same data, size and method; each has a process of its own, so that its peak memory is its own. ELPV needs
+`pip install -e ".[elpv]"` (CC BY-NC-SA): fitted on 300 functional monocrystalline cells, tested on the other functional
+ones against those that are surely defective (probability 1). DeepPCB's folder is MVTec-style with masks.
 Beside them stand plain numbers of an image, which learn nothing.
 """
 
@@ -30,7 +30,7 @@ from zoo.methods import list_methods
 from zoo.run import RunOptions
 
 NAMES = {"synthetic": "synthetic", "deeppcb": "DeepPCB", "elpv": "ELPV"}
-SIZES = dict.fromkeys(("fanogan", "ganomaly", "iad_inpainting", "riad"), 128)  # else 224
+SIZES = {"fanogan": 64, "ganomaly": 128, "iad_inpainting": 128, "riad": 128}  # else 224
 SYNTHETIC = "synthetic:train=300,good=100,defect=105,size=224"
 
 

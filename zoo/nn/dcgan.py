@@ -47,7 +47,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Codes (B, code, 1, 1) -> images (B, C, S, S) in [-1, 1]; the encoder's mirror image.
+    """Codes (B, code, 1, 1) -> images (B, C, S, S) in [-1, 1], float32; the encoder's mirror image.
 
     Args:
         size, channels, width, code: as the encoder's.
@@ -61,15 +61,18 @@ class Decoder(nn.Module):
         joined = [2 * w if level < skips else w for level, w in enumerate(wide)]
         doublings = [double(a, b) for a, b in zip(joined[:0:-1], wide[-2::-1], strict=True)]
         last = nn.Sequential(nn.ConvTranspose2d(joined[0], channels, 4, 2, 1, bias=False), nn.Tanh())
-        self.first, self.blocks, self.skips = first, nn.ModuleList([*doublings, last]), skips
+        self.first, self.blocks, self.last, self.skips = first, nn.ModuleList(doublings), last, skips
         self.apply(start)
 
     def forward(self, codes: Tensor, levels: Sequence[Tensor] = ()) -> Tensor:
         """`levels` are the encoder's; needed where there are skips."""
         x = self.first(codes)  # (B, width * S / 8, 4, 4)
-        for level, block in zip(reversed(range(len(self.blocks))), self.blocks, strict=True):
+        for level, block in zip(range(len(self.blocks), 0, -1), self.blocks, strict=True):
             x = block(torch.cat([x, levels[level]], 1) if level < self.skips else x)  # twice the size
-        return x
+        if self.skips:
+            x = torch.cat([x, levels[0]], 1)  # (B, 2 * width, S / 2, S / 2)
+        with full_precision(x):
+            return self.last(x.float())
 
 
 def halve(before: int, after: int) -> nn.Sequential:
