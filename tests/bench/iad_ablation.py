@@ -32,7 +32,6 @@ FITS = {
     "all skips": {"skips": 5},
     "adversarial 1": {"adversarial_weight": 1.0},
     "no latent": {"latent_weight": 0.0},
-    "SSIM in the loss": {"structure_weight": 5.0},
     "half reconstruction": {"reconstruction_share": 0.5},
     "one corruption": {"corruptions_per_image": 1},
     "no shifts": {"corruptions": OLD},
