@@ -248,7 +248,9 @@ def test_the_folder_of_pairs_stays_private(folder, tmp_path):
 
 
 def test_no_pairs_is_told(tmp_path, capsys):
-    options = ["--data", DATA, "--name", "x", "--preset", "lite", "--inpainting-pairs", str(tmp_path / "none")]
+    with pytest.raises(ZooError, match="none is not a folder"):
+        find_pairs(tmp_path / "none")
+    options = ["--data", DATA, "--name", "x", "--preset", "lite", "--inpainting-pairs", str(tmp_path)]
     assert main(["fit", "iad-inpainting", *options]) == 2
     error = capsys.readouterr().err
     assert "--inpainting-pairs" in error and "train_abnormal_1.jpg" in error and error.count("\n") == 1

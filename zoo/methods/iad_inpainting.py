@@ -115,7 +115,10 @@ class IADInpainting(AnomalyModule):
         if not corruptions or set(corruptions) - set(KINDS):
             raise ZooError(f"--corruptions are some of {', '.join(KINDS)}, not {corruptions}.")
         if not (0 <= reconstruction_share < 1 and 0 < corrupted_share <= 1):
-            raise ZooError("--reconstruction-share is in [0, 1), --corrupted-share in (0, 1].")
+            raise ZooError(
+                f"--reconstruction-share is in [0, 1), not {reconstruction_share}, or --corrupted-share in (0, 1], "
+                f"not {corrupted_share}."
+            )
         if min(adversarial_weight, contextual_weight, structure_weight, latent_weight, collapsed) < 0:
             raise ZooError("The four weights of the loss and --collapsed are at least 0.")
         if min(lr, sigma) <= 0 or not 0 <= beta1 < 1 or min(latent, width, corruptions_per_image) < 1:
@@ -317,8 +320,10 @@ def find_pairs(folder: Path) -> list[tuple[Path, Path]]:
     """Abnormal images and their clean versions, which have "normal" in their names instead.
 
     Raises:
-        ZooError: there are none.
+        ZooError: there is no such folder, or no pair in it.
     """
+    if not folder.is_dir():
+        raise ZooError(f"--inpainting-pairs {folder} is not a folder; give one of pairs of images.")
     files = {path.name: path for path in sorted(folder.glob("*")) if path.suffix.lower() in EXTENSIONS}
     clean = {name: name.replace("abnormal", "normal") for name in files if "abnormal" in name}
     if not any(normal in files for normal in clean.values()):
