@@ -23,7 +23,7 @@ from zoo.methods.iad_inpainting import RESIDUALS
 
 DATA = "synthetic:train=300,good=100,defect=105,size=128"
 OLD = ["rectangle", "stroke", "patch", "perlin"]
-# Half of the reconstruction, one encoder, an adversary at full weight: GANomaly, as it were, that inpaints.
+# With the corruptions of old, one to an image: the form before.
 PLAIN = {"skips": 0, "reconstruction_share": 0.5, "adversarial_weight": 1.0, "corrupted_share": 0.75}
 FITS = {
     "lite": {},
