@@ -17,7 +17,7 @@ from PIL import Image
 from torchvision.transforms.v2.functional import resize, to_dtype, to_image
 
 from zoo.cli import main
-from zoo.data import check_data, load_data, store
+from zoo.data import check_data, load_data, store, store_writer
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.errors import ZooError
 from zoo.fit import evaluate, fit
@@ -60,7 +60,7 @@ def test_pixels_are_those_of_the_files_to_half_a_grey_level(mvtec, stored):
 def test_the_faster_resize_is_that_of_the_models(before, after):
     image = torch.rand(before, generator=torch.Generator().manual_seed(0)) * 255
     expected = resize(image[None], after, antialias=True)[0]
-    found = store.resize_grey(image.numpy(), after)  # white noise; torchvision places pixels in float32
+    found = store_writer.resize_grey(image.numpy(), after)  # white noise; torchvision places pixels in float32
     np.testing.assert_allclose(found, expected, atol=0.02, rtol=0)
 
 
@@ -288,18 +288,18 @@ def test_what_the_system_refuses_is_told_as_such(stored):
 
 def test_few_blocks_are_open_at_once_and_each_is_hashed_once(mvtec, tmp_path, monkeypatch):
     """Whatever the process, its workers and the epoch."""
-    monkeypatch.setattr(store, "BLOCK_BYTES", 2 * 48 * 48 * 4)  # four images
+    monkeypatch.setattr(store_writer, "BLOCK_BYTES", 2 * 48 * 48 * 4)  # four images
     monkeypatch.setattr(store, "OPEN", 2)
     assert prepare(mvtec, "--size", 48, "--out", tmp_path / "store") == 0
     assert len(list((tmp_path / "store").glob("train-*.npy"))) == 8
-    hashed, plain = tmp_path / "hashed", store._hash
+    hashed, plain = tmp_path / "hashed", store.file_hash
 
     def told(path):
         with open(hashed, "a") as file:
             file.write(f"{path}\n")
         return plain(path)
 
-    monkeypatch.setattr(store, "_hash", told)
+    monkeypatch.setattr(store, "file_hash", told)
     files, kept = load_data(str(mvtec))["train"], load_data(str(tmp_path / "store"))["train"]
     for i in np.random.default_rng(0).permutation(30).tolist():
         assert np.abs(kept[i]["image"] - reference(mvtec / files[i]["path"], 48)).max() <= 0.5 + 1e-3
@@ -403,15 +403,15 @@ def test_two_at_once(tmp_path, capsys):
 
 def test_one_that_comes_just_too_late_takes_what_is_there(mvtec, tmp_path, monkeypatch, capsys):
     """The first one is done after the second one has looked for the store and before it has the lock."""
-    place, alone = tmp_path / "store", store._alone
+    place, alone = tmp_path / "store", store_writer._alone
 
     def late(where):
-        monkeypatch.setattr(store, "_alone", alone)
+        monkeypatch.setattr(store_writer, "_alone", alone)
         assert prepare(mvtec, "--size", 48, "--out", place) == 0
-        monkeypatch.setattr(store, "_decoded", None)  # nothing is decoded again
+        monkeypatch.setattr(store_writer, "_decoded", None)  # nothing is decoded again
         return alone(where)
 
-    monkeypatch.setattr(store, "_alone", late)
+    monkeypatch.setattr(store_writer, "_alone", late)
     assert prepare(mvtec, "--size", 48, "--out", place) == 0
     assert capsys.readouterr().out.count("Stored 42 images") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["store"]

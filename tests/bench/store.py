@@ -25,7 +25,7 @@ import torch
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from zoo.data import load_data, store, synthetic
+from zoo.data import load_data, store_writer, synthetic
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.prepare import prepare_data
 from zoo.data.rows import read_row
@@ -72,7 +72,7 @@ def plain_path(files, threads):
 def zoo_path(rows, threads):
     """Images/s of what fills a store."""
     begin = time.perf_counter()
-    for _ in store._decoded(rows, (224, 224), threads, False):
+    for _ in store_writer._decoded(rows, (224, 224), threads, False):
         pass
     return len(rows) / (time.perf_counter() - begin)
 

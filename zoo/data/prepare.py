@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo import hub
-from zoo.data import check_data, folder, load_data, store
+from zoo.data import check_data, folder, load_data, store, store_writer
 from zoo.errors import ZooError
 
 
@@ -23,7 +23,7 @@ def prepare_data(
         The folder, which is DATA from then on.
 
     Raises:
-        ZooError: another thing lies there, a mount point, or as `zoo.data.store.prepare`.
+        ZooError: another thing lies there, a mount point, or as `zoo.data.store_writer.prepare`.
     """
     spec = check_data(data)
     if spec.path is not None and (spec.path / store.INDEX).is_file():
@@ -34,7 +34,7 @@ def prepare_data(
     place = Path(os.path.realpath(place))  # a link stays one, whatever it leads to
     shape = size[0] if size[0] == size[1] else str(list(size)).replace(" ", "")
     following = f"Next: zoo fit METHOD --data {place} --input-size {shape} --name NAME"
-    if index := store.find(place, source, size, skip_broken):
+    if index := store_writer.find(place, source, size, skip_broken):
         _print_left_out(index)
         print(f"{data} is prepared already, and whole, in {place}.\n{following}")
         return place
@@ -51,7 +51,7 @@ def prepare_data(
 
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("Decoding", total=total)
-        index = store.prepare(
+        index = store_writer.prepare(
             load_data(spec), source, place, size, workers, skip_broken, lambda done: bar.update(task, completed=done)
         )
     _print_left_out(index)

@@ -8,26 +8,14 @@ of up to 512 images, `train-00000.npy` (N, H, W) uint8 or uint16, with the masks
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import mmap
-import os
-import shutil
 from bisect import bisect_right
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import lru_cache
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
-from zoo.checkpoint import dump, write_text
-from zoo.data.rows import read_row
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -35,7 +23,6 @@ if TYPE_CHECKING:
 
 FORMAT_VERSION = 2
 INDEX = "store.json"
-BLOCK, BLOCK_BYTES = 512, 64 * 2**20  # images and their bytes at most; what a run that was killed does again
 OPEN = 128  # blocks of one kind that are mapped at once: each takes a file descriptor
 SPLITS = ("train", "test")
 
@@ -51,330 +38,19 @@ def read_index(place: Path) -> dict[str, Any]:
         index = json.loads(path.read_text(encoding="utf-8"))
         version = index["format_version"]
     except OSError as error:
-        raise _unreadable(path, error) from error
+        raise unreadable(path, error) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ZooError(f"{path} is damaged; {remedy}") from error
     if version != FORMAT_VERSION:
         raise ZooError(f"{path} has format version {version}, not {FORMAT_VERSION}; {remedy}")
-    if index.pop("sha256", None) != _digest(index):
+    if index.pop("sha256", None) != digest(index):
         raise ZooError(f"{path} is damaged; {remedy}")
-    return index
-
-
-def find(
-    place: Path, source: dict[str, Any], size: tuple[int, int], skip_broken: bool = False
-) -> dict[str, Any] | None:
-    """The index of a store that is there already, every block checked; None if there is none.
-
-    Raises:
-        ZooError: it is of other data or another size, its files have changed since, a block is damaged, or it lacks
-            images that can't be read without `skip_broken`.
-    """
-    if not (place / INDEX).is_file():
-        return None
-    index = read_index(place)
-    _refuse_other(place, index, source, size)
-    for block in _blocks(index):
-        for name, digest in block["sha256"].items():
-            if _hash(place / name) != digest:
-                raise _damaged(place / name)
-    if (broken := left_out(index)) and not skip_broken:
-        raise ZooError(
-            f"{place} lacks {_names(broken)}, which can't be read; take it so by --skip-broken, or replace them and "
-            f"remove {place}."
-        )
     return index
 
 
 def left_out(index: dict[str, Any]) -> list[list[str]]:
     """[name, reason] of each image that can't be read."""
-    return [broken for block in _blocks(index) for broken in block["broken"]]
-
-
-def prepare(
-    data: datasets.DatasetDict,
-    source: dict[str, Any],
-    place: Path,
-    size: tuple[int, int],
-    workers: int,
-    skip_broken: bool = False,
-    tick: Callable[[int], None] = lambda done: None,
-) -> dict[str, Any]:
-    """Decode, check, resize and write a data set; a run that was killed goes on with the next block.
-
-    Args:
-        data: splits with columns image, mask, label, path.
-        source: `name`, `fingerprint` and `counts` of what it is made from, and `files`, a digest of the times of its
-            files, or None if it isn't files.
-        place: folder of the store; it appears when all is done.
-        size: (height, width) of the stored images: bilinear with antialias, rounded to the nearest grey level; masks by
-            nearest. Colour is averaged.
-        workers: threads that decode.
-        skip_broken: leave out images that can't be read, and list them.
-        tick: told the images done so far.
-
-    Returns:
-        The index, as it was written, or as `find` finds it.
-
-    Raises:
-        ZooError: an image that can't be read, named, no normal image to train on, a store begun from other images, a
-            disk that refuses, another process that does the same, or as `find`.
-    """
-    partial = place.with_name(f".{place.name}.partial")
-    about = {"format_version": FORMAT_VERSION, "source": source, "size": list(size)}
-    block_size = _block_size(size)
-    with _alone(place):
-        if index := find(place, source, size, skip_broken):  # another process has made it meanwhile
-            return index
-        if place.is_dir():
-            place.rmdir()  # empty: what can't be replaced is known now, not when all is decoded
-        partial.mkdir(exist_ok=True)
-        begun = _json(partial / "source.json") or {}
-        if begun != about:
-            if any(partial.glob("*-*.json")):  # finished blocks
-                _refuse_other(partial, begun, source, size)
-            shutil.rmtree(partial)
-            partial.mkdir()
-            write_text(partial / "source.json", dump(about))
-        blocks: dict[str, list[dict[str, Any]]] = {}
-        done = 0
-        for split in SPLITS:
-            rows = data[split]
-            parts = [range(first, min(first + block_size, len(rows))) for first in range(0, len(rows), block_size)]
-            stems = [partial / f"{split}-{i:05d}" for i in range(len(parts))]
-            blocks[split] = [_finished(stem, skip_broken) for stem in stems]
-            missing = [i for part, block in zip(parts, blocks[split], strict=True) if block is None for i in part]
-            decoded = _decoded(rows.select(missing), size, workers, skip_broken)
-            for i, (stem, part) in enumerate(zip(stems, parts, strict=True)):
-                if blocks[split][i] is None:
-                    blocks[split][i] = _write_block(stem, islice(decoded, len(part)))
-                done += len(part)
-                tick(done)
-            if split == "train" and not any(0 in block["labels"] for block in blocks[split]):
-                broken = [image for block in blocks[split] for image in block["broken"]]
-                shutil.rmtree(partial)
-                raise ZooError(
-                    f"{source['name']} has no normal image to train on that can be read (left out: {_names(broken)}); "
-                    "replace or add some."
-                )
-        counts = {s: [sum(b["labels"].count(label) for b in blocks[s]) for label in (0, 1)] for s in SPLITS}
-        index = about | {"name": source["name"], "counts": counts, "blocks": blocks}
-        content = [{key: block[key] for key in ("paths", "labels", "masks", "sha256")} for block in _blocks(index)]
-        identity = {key: source[key] for key in ("name", "fingerprint", "counts")}  # the same on each machine
-        index["fingerprint"] = _digest([FORMAT_VERSION, identity, size, content])
-        write_text(partial / INDEX, dump(index | {"sha256": _digest(index)}))
-        os.rename(partial, place)
-        kept = {INDEX}.union(*(block["sha256"] for block in _blocks(index)))
-        for leftover in [path for path in place.iterdir() if path.name not in kept]:  # what an unfinished store needs
-            leftover.unlink()
-    return index
-
-
-def _block_size(size: tuple[int, int]) -> int:
-    """Images a block, so that one of 16 bits stays below `BLOCK_BYTES`."""
-    return min(max(BLOCK_BYTES // (2 * size[0] * size[1]), 1), BLOCK)
-
-
-def _blocks(index: dict[str, Any]) -> list[dict[str, Any]]:
-    return [block for split in SPLITS for block in index["blocks"][split]]
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _refuse_other(place: Path, found: dict[str, Any], source: dict[str, Any], size: tuple[int, int]) -> None:
-    """What is there, whole or begun, must be of the same images."""
-    remedy, was = f"remove {place} or name another folder by --out.", found.get("source", {})
-    kind = "store begun" if place.suffix == ".partial" else "store"
-    if found.get("format_version") != FORMAT_VERSION:
-        raise ZooError(f"{place} is a {kind} by another version of zoo; {remedy}")
-    if found["size"] != list(size) or was | {"files": source["files"]} != source:
-        raise ZooError(f"{place} is a {kind} of other data or another size; {remedy}")
-    if was["files"] != source["files"]:
-        raise ZooError(f"The files of {source['name']} have changed since {place} was made of them; {remedy}")
-
-
-def _names(broken: list[list[str]]) -> str:
-    names = [name for name, _ in broken]
-    return ", ".join(names[:5]) + (f" and {len(names) - 5:,} more" if len(names) > 5 else "")
-
-
-def _damaged(path: Path) -> ZooError:
-    return ZooError(f"{path} is missing or damaged; remove {path.parent}, then zoo data prepare DATA.")
-
-
-def _unreadable(path: Path, error: Exception) -> ZooError:
-    return ZooError(f"{path} could not be read ({error}); check its permissions, the disk and ulimit -n.")
-
-
-@contextmanager
-def _alone(place: Path) -> Iterator[None]:
-    """Nobody else prepares the same store meanwhile; what the disk refuses is told."""
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place.with_name(f".{place.name}.lock"))  # let go of by a process that is killed
-        with lock.acquire(timeout=0):
-            try:
-                yield
-            finally:
-                Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody else's
-    except Timeout:
-        raise ZooError(f"Another process prepares {place}; wait for it, or name another folder by --out.") from None
-    except OSError as error:
-        raise ZooError(f"{place} could not be written ({error}); what is done is kept for the next run.") from error
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-
-
-def _finished(stem: Path, skip_broken: bool) -> dict[str, Any] | None:
-    """What is known of a block that an earlier run has written, if its files are whole and it may lack images."""
-    block = _json(stem.with_suffix(".json"))
-    if not block or (block["broken"] and not skip_broken):
-        return None
-    whole = all(_hash(stem.with_name(name)) == digest for name, digest in block["sha256"].items())
-    return block if whole else None
-
-
-def _hash(path: Path) -> str | None:
-    """SHA-256 of a file; None if there is none."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise _unreadable(path, error) from error
-
-
-def _write_block(stem: Path, decoded: Iterable[tuple]) -> dict[str, Any]:
-    images, masks, sha256 = [], [], {}
-    block: dict[str, Any] = {"paths": [], "labels": [], "masks": [], "broken": [], "colour": 0}
-    for path, label, found in decoded:
-        if isinstance(found, str):
-            block["broken"].append([path, found])
-            continue
-        image, mask, colour = found
-        block["colour"] += colour
-        block["paths"].append(path)
-        block["labels"].append(label)
-        block["masks"].append(None if mask is None else len(masks))
-        images.append(image)
-        if mask is not None:
-            masks.append(mask)
-    if any(image.dtype == np.uint16 for image in images):
-        images = [image if image.dtype == np.uint16 else image.astype(np.uint16) * 257 for image in images]
-    for name, arrays in (f"{stem.name}.npy", images), (f"{stem.name}.masks.npy", masks):
-        if arrays:
-            sha256[name] = _save(stem.with_name(name), arrays)
-    block["sha256"] = sha256
-    write_text(stem.with_suffix(".json"), dump(block))
-    return block
-
-
-def _save(path: Path, arrays: list[np.ndarray]) -> str:
-    """Write arrays of one shape as a file of their stack, which memory needs not hold; its SHA-256."""
-    header = io.BytesIO()
-    shape = (len(arrays), *arrays[0].shape)
-    about = {"descr": np.lib.format.dtype_to_descr(arrays[0].dtype), "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, about)
-    temporary, digest = path.with_name(f".{path.name}"), hashlib.sha256()
-    with open(temporary, "wb") as file:
-        for part in (header.getvalue(), *arrays):
-            file.write(part)
-            digest.update(part)
-    temporary.replace(path)
-    return digest.hexdigest()
-
-
-def _decoded(rows: datasets.Dataset, size: tuple[int, int], workers: int, skip_broken: bool) -> Iterator[tuple]:
-    """(path, label, (image, mask, is colour) or the reason why it can't be read), in order.
-
-    Threads suffice: decoding and products of matrices let go of Python's lock, and nothing is copied between processes.
-    """
-    ahead: deque[Future] = deque()
-    block_size = _block_size(size)
-    step = max(block_size // 32, 1)  # images that a thread decodes at once
-    with ThreadPoolExecutor(max(workers, 1)) as pool:
-        try:
-            for first in range(0, len(rows), step):
-                chunk = range(first, min(first + step, len(rows)))
-                ahead.append(pool.submit(_decode, rows, chunk, size, skip_broken))
-                if len(ahead) > max(block_size // step, workers):  # while a block is written
-                    yield from ahead.popleft().result()
-            while ahead:
-                yield from ahead.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _decode(rows: datasets.Dataset, chunk: range, size: tuple[int, int], skip_broken: bool) -> list[tuple]:
-    columns, found = rows[chunk], []
-    for values in zip(*columns.values(), strict=True):
-        row = dict(zip(columns, values, strict=True))
-        try:
-            item = _shrink(*read_row(row), size)
-        except ZooError as error:
-            if not skip_broken:
-                raise ZooError(f"{str(error).rstrip('.')}; or leave such images out by --skip-broken.") from error
-            item = str(error)
-        found.append((row["path"], row["label"], item))
-    return found
-
-
-def _shrink(array: np.ndarray, mask: np.ndarray | None, name: str, size: tuple[int, int]) -> tuple:
-    """Image and mask at the working size, and whether there was colour."""
-    from zoo.image import to_tensor
-
-    deep = array.dtype != np.uint8
-    if array.dtype == np.float32:
-        array = to_tensor(array, name).movedim(0, -1).numpy() * 65535  # checked to lie in [0, 1]
-        array = array[..., 0] if array.shape[2] == 1 else array
-    colour = array.ndim == 3 and not all(np.array_equal(array[..., 0], array[..., i]) for i in (1, 2))
-    if array.ndim == 3:
-        array = array.mean(2) if colour else array[..., 0]
-    grey = resize_grey(array.astype(np.float32), size)
-    grey = np.rint(grey, out=grey).astype(np.uint16 if deep else np.uint8, order="C")
-    if mask is not None:  # (H, W) -> (h, w), nearest
-        rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, mask.shape, strict=True))
-        mask = mask[rows[:, None], columns]
-    return grey, mask, colour
-
-
-def resize_grey(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """`zoo.image.resize` of one grey image (H, W) float32 -> (h, w), equal but for the last bits, in half the time.
-
-    Each pixel that comes out sees a few that go in, so a dozen of them is a small product of matrices.
-    """
-    for length in size:  # rows, then columns
-        if len(image) != length:
-            shorter = np.empty((length, image.shape[1]), np.float32)
-            for out, seen, weights in _bands(len(image), length):
-                np.matmul(weights, image[seen], out=shorter[out])
-            image = shorter
-        image = image.T
-    return image
-
-
-@lru_cache(maxsize=16)
-def _bands(before: int, after: int) -> list[tuple[slice, slice, np.ndarray]]:
-    """Pixels that come out, what they see, and the weights of a triangle (bilinear, antialiased when it shrinks)."""
-    scale = before / after
-    support = max(scale, 1.0)
-    centre = (np.arange(after) + 0.5) * scale
-    bands = []
-    for first in range(0, after, 12):
-        middle = centre[first : first + 12, None]
-        seen = slice(max(int(middle[0, 0] - support), 0), min(int(middle[-1, 0] + support) + 1, before))
-        weights = np.maximum(1 - np.abs(np.arange(seen.start, seen.stop) + 0.5 - middle) / support, 0)
-        weights /= weights.sum(1, keepdims=True)
-        bands.append((slice(first, first + len(middle)), seen, weights.astype(np.float32)))
-    return bands
+    return [broken for block in blocks_of(index) for broken in block["broken"]]
 
 
 def load_store(place: Path) -> datasets.DatasetDict:
@@ -406,6 +82,33 @@ def load_store(place: Path) -> datasets.DatasetDict:
         rows = _Rows(_Stack(place, split, blocks, "npy"), _Stack(place, split, blocks, "masks.npy"))
         splits[split] = datasets.Dataset.from_dict(columns, features=features).with_transform(rows)
     return datasets.DatasetDict(splits)
+
+
+def blocks_of(index: dict[str, Any]) -> list[dict[str, Any]]:
+    return [block for split in SPLITS for block in index["blocks"][split]]
+
+
+def digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def file_hash(path: Path) -> str | None:
+    """SHA-256 of a file; None if there is none."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def damaged(path: Path) -> ZooError:
+    return ZooError(f"{path} is missing or damaged; remove {path.parent}, then zoo data prepare DATA.")
+
+
+def unreadable(path: Path, error: Exception) -> ZooError:
+    return ZooError(f"{path} could not be read ({error}); check its permissions, the disk and ulimit -n.")
 
 
 class _Rows:
@@ -446,13 +149,13 @@ class _Stack:
     def _map(self, block: int) -> np.ndarray:
         path = self.paths[block]
         if not self.checked[block]:
-            if _hash(path) != self.hashes[block]:
-                raise _damaged(path)
+            if file_hash(path) != self.hashes[block]:
+                raise damaged(path)
             self.checked[block] = 1
         try:
             return np.load(path, mmap_mode="r", allow_pickle=False)
         except (OSError, ValueError) as error:
-            raise _unreadable(path, error) from error
+            raise unreadable(path, error) from error
 
     def __getstate__(self) -> dict[str, Any]:
         """For another process: it maps the blocks itself."""
