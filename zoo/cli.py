@@ -186,9 +186,17 @@ def evaluate(argv: list[str]) -> None:
     parser = _parser("evaluate", "Score the test split at the images' own size and keep the record with the model.")
     parser.add_argument("name", help="name or folder of a model")
     parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
+    parser.add_argument("--scores", type=str | None, default=None, help="file of per-image scores, .csv or .parquet")
+    parser.add_argument(
+        "--bootstrap", type=int, default=1000, help="draws of test images for 95 %% intervals of the metrics; 0: none"
+    )
     _data_options(parser, {})
     _run_options(parser, precision=None, devices=True)
     options = _parse(parser, argv)
+    if options.scores and Path(options.scores).suffix not in (".csv", ".parquet"):
+        raise ZooError(f"--scores is a file that ends in .csv or .parquet, not {options.scores}.")
+    if options.bootstrap < 0 or options.bootstrap == 1:
+        raise ZooError(f"--bootstrap is 0 or at least 2 draws, not {options.bootstrap}.")
     folder = hub.find_model(options.name)
     checkpoint.read_config(folder)
     if not options.data:
@@ -200,9 +208,12 @@ def evaluate(argv: list[str]) -> None:
 
     model = hub.from_pretrained(folder)
     before = checkpoint.read_json(folder / checkpoint.RECORD)
-    record = runs.evaluate(model, options.data, before, _data_values(options), _run(options, model.precision))
+    run = _run(options, model.precision)
+    record = runs.evaluate(model, options.data, before, _data_values(options), run, options.bootstrap)
     if not launched()[0]:
         runs.store_evaluation(folder, model, record)
+        if options.scores:
+            runs.write_scores(Path(options.scores), model)
     if before.get("test_data", record["test_data"])["name"] != record["test_data"]["name"]:
         print(f"These figures replace those on {before['test_data']['name']}.")
     console().print(metric_table(record))

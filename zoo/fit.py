@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -28,6 +29,7 @@ from zoo.errors import ZooError
 from zoo.estimate import Estimate, estimate
 from zoo.methods import create_model, method_id, presets, signature
 from zoo.metrics import ranking
+from zoo.metrics.bootstrap import intervals
 from zoo.module import AnomalyModule
 from zoo.nn.features import weights_at_hand
 from zoo.ranks import launched
@@ -194,6 +196,7 @@ def evaluate(
     result: dict[str, Any] | None = None,
     data_options: dict[str, Any] | None = None,
     run: RunOptions | None = None,
+    bootstrap: int = 0,
 ) -> dict[str, Any]:
     """Score the test split at the images' own size.
 
@@ -202,6 +205,7 @@ def evaluate(
         data: DATA specification.
         result: the fit's record, which the figures are added to.
         data_options: fields of `DataOptions`.
+        bootstrap: how often the test images are drawn anew, for `intervals` of the metrics (`zoo.metrics.bootstrap`).
 
     Returns:
         The record with `metrics`, `test_data`, `eval_size`; per-image scores are in `model.scored`.
@@ -231,12 +235,16 @@ def evaluate(
     with _quiet():
         trainer = _trainer(run)
         others = _by_other_scores(model, trainer, module)
+        model.tables = [] if bootstrap else None
         (metrics,) = trainer.test(model, datamodule=module, verbose=False)
     anomalous = sum(label for _, label, _ in model.scored)
     _say_broken(module, run)
+    ends = _intervals(model, metrics, bootstrap) if bootstrap else {}
+    result = {key: value for key, value in result.items() if key != "intervals"}  # of an evaluation before
     return result | {
         "method": model.method,
         "metrics": {key: round(value, 6) for key, value in metrics.items()},
+        **ends,
         **({"score": model.hparams.score, "other_scores": others} if others else {}),
         "test_data": _described(spec)
         | {"normal": len(model.scored) - anomalous, "anomalous": anomalous, "broken": len(module.broken)}
@@ -250,6 +258,15 @@ def evaluate(
             **record.environment(trainer.strategy.root_device),
         },
     }
+
+
+def _intervals(model: AnomalyModule, metrics: dict[str, float], replicates: int) -> dict[str, Any]:
+    """Of the last test, for the record."""
+    tables, model.tables = model.tables, None
+    _, labels, scores = zip(*model.scored, strict=True)
+    found = intervals(labels, scores, tables if "pixel_auroc" in metrics else None, replicates)
+    about = {"level": 0.95, "draws": replicates, "seed": 0, "drawn": "images, class by class, with replacement"}
+    return {"intervals": about | {"metrics": {key: [round(end, 6) for end in found[key]] for key in metrics}}}
 
 
 def _by_other_scores(
@@ -270,10 +287,32 @@ def _by_other_scores(
     return found
 
 
-def store_evaluation(folder: Any, model: AnomalyModule, result: dict[str, Any]) -> None:
+def write_scores(path: Path, model: AnomalyModule) -> None:
+    """The per-image scores of the last evaluation: image, label (1 anomalous), score; a file .csv or .parquet.
+
+    Raises:
+        ZooError: it can't be written.
+    """
+    columns = ["image", "label", "score"]
+    if path.suffix == ".csv":
+        checkpoint.write_text(path, checkpoint.csv_text(columns, model.scored))
+        return
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table(dict(zip(columns, map(list, zip(*model.scored, strict=True)), strict=True)))
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(table, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise ZooError(f"{path} could not be written ({error}).") from error
+
+
+def store_evaluation(folder: Path, model: AnomalyModule, result: dict[str, Any]) -> None:
     """Put an evaluation's record, card and per-image scores into the model's folder."""
-    scores = checkpoint.csv_text(["image", "label", "score"], model.scored)
-    checkpoint.write_text(folder / "private" / "scores.csv", scores)
+    write_scores(folder / "private" / "scores.csv", model)
     checkpoint.write_text(folder / checkpoint.CARD, render_card(model.config(), result))
     checkpoint.write_text(folder / checkpoint.RECORD, checkpoint.dump(result))
 

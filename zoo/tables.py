@@ -15,7 +15,7 @@ def console() -> Console:
 
 
 def metric_table(record: dict[str, Any]) -> Table:
-    """One row with the metrics of a record; one more for each further image score of a method that has several."""
+    """A row with the metrics of a record, one with their intervals, one for each further score of its method."""
     table = Table(title=f"{record['method']} on {record['test_data']['name']}", title_justify="left")
     rows = {"": record["metrics"]}
     if others := record.get("other_scores"):
@@ -26,4 +26,7 @@ def metric_table(record: dict[str, Any]) -> Table:
     for form, metrics in rows.items():
         figures = (f"{metrics[key]:.4f}" if key in metrics else "-" for key in record["metrics"])
         table.add_row(*([form] if others else []), *figures)
+        if "intervals" in record and metrics is record["metrics"]:
+            ends = record["intervals"]["metrics"]
+            table.add_row(*([""] if others else []), *(f"{low:.3f}-{high:.3f}" for low, high in ends.values()))
     return table

@@ -27,7 +27,7 @@ from zoo.nn.dcgan import Decoder, Encoder, adversarial_loss, halvings, is_power_
 from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
 from zoo.nn.perlin import perlin_noise
 from zoo.nn.seed import seeded
-from zoo.nn.similarity import msgms_map, ssim_distances, unit
+from zoo.nn.similarity import RESIDUALS, ssim_distances, unit
 
 KINDS = ("rectangle", "stroke", "patch", "shift", "perlin")
 EXTENT = (1 / 32, 1 / 4)  # sides of rectangles and patches, as shares of the image's
@@ -233,19 +233,6 @@ class IADInpainting(AnomalyModule):
         """Images (B, C, S, S) -> rebuilt ones, and the mean squared distances (B,) of the codes of both."""
         rebuilt, code = self.rebuild(x)
         return rebuilt, (code.float() - self.encoder(rebuilt).float()).square().mean(dim=(1, 2, 3))
-
-
-def absolute(images: Tensor, others: Tensor) -> Tensor:
-    """|x - y| of images (B, C, S, S), mean over the channels: (B, 1, S, S)."""
-    return (images - others).abs().mean(1, keepdim=True)
-
-
-def structure(images: Tensor, others: Tensor) -> Tensor:
-    """1 - SSIM of images (B, C, S, S) in [0, 1], mean over the channels: (B, 1, S, S)."""
-    return ssim_distances(images, others).mean(1, keepdim=True)
-
-
-RESIDUALS = {"absolute": absolute, "structure": structure, "gradient": msgms_map}
 
 
 def corrupt(x: Tensor, kinds: list[str]) -> Tensor:
