@@ -36,9 +36,9 @@ PRESETS = {
     },
     "paper224": {"data": {"batch_size": 4}, "trainer": {"max_epochs": 300}},
     "lite": {
-        "model": {"input_size": 128, "width": 8, "cells": [4, 8], "lr": 4e-3, "window": 11},
+        "model": {"input_size": 128, "width": 16, "cells": [2, 4], "lr": 3e-3, "residual": "absolute", "window": 5},
         "data": {"batch_size": 1},  # many small steps: each image has thousands of hidden pixels
-        "trainer": {"max_steps": 800},
+        "trainer": {"max_steps": 2400},
     },
 }
 
