@@ -8,7 +8,7 @@ import shutil
 import stat
 import subprocess
 import sys
-import zipfile
+import zlib
 from pathlib import Path
 
 import datasets
@@ -301,35 +301,60 @@ def test_boxes_without_file_and_pictures_are_those_of_the_masks(replica, caplog)
 FOLDERS = ("Anomaly_train", "Anomaly_test", "Inpainting_train", "Inpainting_test")
 
 
+def rar(files):
+    """A RAR 5 archive of files by name, stored as they are: signature, main header, files, end."""
+
+    def number(n):  # 7 bits a byte, lowest first
+        return bytes([n & 127 | 128]) + number(n >> 7) if n > 127 else bytes([n])
+
+    def block(fields, data=b""):
+        head = b"".join(field if isinstance(field, bytes) else number(field) for field in fields)
+        head = number(len(head)) + head
+        return zlib.crc32(head).to_bytes(4, "little") + head + data
+
+    blocks = [block([1, 0, 0])]
+    for name, data in files.items():
+        about = [2, 2, len(data), 4, len(data), 0o100644, zlib.crc32(data).to_bytes(4, "little"), 0, 1]
+        blocks.append(block([*about, len(name), name.encode()], data))
+    return b"Rar!\x1a\x07\x01\x00" + b"".join(blocks) + block([5, 0, 0])
+
+
 @pytest.fixture
 def archived(made, tmp_path):
-    """A folder of archives: zip under their names, which 7z and bsdtar know by content; two hold no folder."""
+    """A folder of archives; two hold their folder, two what is in it."""
     root = tmp_path / "archives"
     root.mkdir()
     for name in FOLDERS:
-        with zipfile.ZipFile(root / f"{name}.rar", "w") as archive:
-            for path in sorted((made[0] / name).rglob("*.*")):
-                inside = path.relative_to(made[0] if "train" in name else made[0] / name)
-                archive.write(path, inside)
+        top = made[0] if "train" in name else made[0] / name
+        files = [path for path in sorted((made[0] / name).rglob("*")) if path.is_file()]
+        content = rar({str(path.relative_to(top)): path.read_bytes() for path in files})
+        (root / f"{name}.rar").write_bytes(content)
     shutil.copy(made[0] / "REPLICA", root)
     return root
 
 
 def tool(folder, name, script):
+    """A program of the test's own."""
     folder.mkdir(exist_ok=True)
     path = folder / name
-    path.write_text(f"#!{sys.executable}\n{script}")
+    path.write_text(f"#!{sys.executable}\nimport shutil, sys\nfrom pathlib import Path\n{script}")
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
-# As unrar is called: x -idq -y -p- ARCHIVE PLACE/
-UNRAR = "import sys, zipfile\nassert sys.argv[1] == 'x'\nzipfile.ZipFile(sys.argv[-2]).extractall(sys.argv[-1])\n"
+def unrar(source):
+    """Stands for unrar, called as `unrar x -idq -y -p- ARCHIVE PLACE/`."""
+    return (
+        "command, *switches, archive, place = sys.argv[1:]\n"
+        "assert command == 'x' and all(s.startswith('-') for s in switches) and place.endswith('/')\n"
+        "assert Path(archive).read_bytes().startswith(b'Rar!')\n"
+        f"shutil.copytree(Path({str(source)!r}) / Path(archive).stem, Path(place) / Path(archive).stem)\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["7z", "7zz", "bsdtar", "unrar"])
 def test_archives_are_unpacked_with_what_is_there(archived, made, tmp_path, name, monkeypatch, capsys):
     if name == "unrar":
-        tool(tmp_path / "bin", name, UNRAR)
+        tool(tmp_path / "bin", name, unrar(made[0]))
     elif shutil.which(name):
         (tmp_path / "bin").mkdir()
         (tmp_path / "bin" / name).symlink_to(shutil.which(name))
@@ -350,15 +375,10 @@ def test_archives_are_unpacked_with_what_is_there(archived, made, tmp_path, name
     assert "Unpacking" not in capsys.readouterr().out
 
 
-def test_unpacking_goes_on_after_a_kill_and_after_a_tool_that_fails(archived, tmp_path, monkeypatch, caplog):
-    tool(tmp_path / "bin", "unrar", "import sys\nsys.exit('RAR 5 is unknown')")
-    tool(
-        tmp_path / "bin",
-        "7zz",
-        UNRAR.replace("sys.argv[-2]", "sys.argv[-1]").replace(
-            "extractall(sys.argv[-1])", "extractall(next(a[2:] for a in sys.argv if a.startswith('-o')))"
-        ),
-    )
+def test_unpacking_goes_on_after_a_kill_and_after_a_tool_that_fails(archived, made, tmp_path, monkeypatch):
+    tool(tmp_path / "bin", "unrar", "sys.exit('RAR 5 is unknown')")
+    place = "next(a[2:] for a in sys.argv if a.startswith('-o')) + '/'"
+    tool(tmp_path / "bin", "7zz", f"sys.argv = ['', 'x', sys.argv[-1], {place}]\n{unrar(made[0])}")
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     (archived / ".Anomaly_train.partial").mkdir()
     (archived / ".Anomaly_train.partial" / "half.jpg").write_bytes(b"x")
@@ -377,7 +397,7 @@ def test_no_tool_no_room_or_a_damaged_archive_is_one_sentence(archived, tmp_path
     monkeypatch.setenv("PATH", str(tmp_path / "bin"))
     assert run(*prepare) == 2
     assert "install unrar, 7-Zip (7zz) or libarchive's bsdtar" in capsys.readouterr().err
-    tool(tmp_path / "bin", "unrar", "import sys\nsys.exit('checksum error')")
+    tool(tmp_path / "bin", "unrar", "sys.exit('checksum error')")
     assert run(*prepare) == 2
     error = capsys.readouterr().err
     assert "checksum error" in error and "Anomaly_train.rar" in error and error.count("\n") == 1

@@ -73,6 +73,8 @@ def check_data(spec: str) -> DataSpec:
         return DataSpec("store", index["name"], index["fingerprint"], index["counts"], path=path, source=source)
     if (path / parquet.INDEX).is_file():
         return _check_parquet("parquet", path, None)
+    if ":" in spec and not path.exists():
+        raise ZooError(f"There is no data {spec}; DATA is {FORMS}.")
     splits = folder.scan(path)
     name = path.resolve().name
     name = f"folder {name}" if name in RESERVED else name
@@ -124,5 +126,5 @@ def _counts(splits: dict[str, list[folder.Item]]) -> dict[str, list[int]]:
 
 def _needed(rest: str, form: str) -> str:
     if not rest:
-        raise ZooError(f"--data {form.partition(':')[0]}: names nothing; write {form}.")
+        raise ZooError(f"--data {form.partition(':')[0]}: names nothing; write {form}. DATA is {FORMS}.")
     return rest

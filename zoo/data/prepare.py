@@ -60,6 +60,8 @@ def prepare_data(
     _print_left_out(index)
     if colour := sum(block["colour"] for split in store.SPLITS for block in index["blocks"][split]):
         print(f"{colour:,} images are in colour; the store keeps the mean of their channels.")
+    if emptied := sum(block.get("emptied", 0) for block in store.blocks_of(index)):
+        print(f"{emptied:,} defects are too small to be seen in their masks at this size; their images stay anomalous.")
     kept = sum(map(sum, index["counts"].values()))
     print(f"Stored {kept:,} images in {place}.\n{following}")
     return place
