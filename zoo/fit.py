@@ -116,7 +116,7 @@ def fit(
         raise ZooError(f"--data {data} has no normal images to fit on; put some into train/good or good.")
     if own := spec.pairs if _takes_pairs(method) and not arguments.get("inpainting_pairs") else None:
         arguments = arguments | {"inpainting_pairs": str(own)}
-        run.say(f"Corrupted images are {spec.name}'s own pairs, of {own.name}.")
+        run.say(f"What to paint over is learned from the pairs of {spec.name}, in {own.name}.")
     model = create_model(method, preset, **arguments)
     model.precision = run.precision
     options = DataOptions(**(presets(method, preset).get("data", {}) | (data_options or {})))

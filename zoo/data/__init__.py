@@ -88,6 +88,7 @@ def load_data(spec: str | DataSpec) -> "DatasetDict":
         ZooError: as `check_data`; masks of MIIC whose polarity is unclear, a damaged file of parquet.
     """
     spec = check_data(spec) if isinstance(spec, str) else spec
+    show_terms(spec.name)  # of a copy, a store or an export too
     if spec.kind == "synthetic":
         return synthetic.load_synthetic(**spec.options)
     if spec.kind == "miic":
@@ -95,7 +96,6 @@ def load_data(spec: str | DataSpec) -> "DatasetDict":
 
         return load_miic(spec.path)
     if spec.kind in ("hub", "parquet"):
-        show_terms(spec.name)
         return parquet.load_parquet(parquet.fetch(**spec.options, whole=True) if spec.kind == "hub" else spec.path)
     return store.load_store(spec.path) if spec.kind == "store" else folder.load_folder(spec.path)
 

@@ -40,13 +40,17 @@ def unpack(root: Path, folders: Sequence[str], say: Callable[[str], None]) -> No
     if not (archives := packed(root, folders)):
         return
     try:
-        with FileLock(root / ".unpack.lock").acquire(timeout=0):
+        lock = FileLock(root / ".unpack.lock")  # let go of by a process that is killed
+        with lock.acquire(timeout=0):
             archives = packed(root, folders)  # another process may have done it meanwhile
-            tools = _tools(archives)
-            _check_room(root, archives)
-            for name, archive in archives.items():
-                say(f"Unpacking {archive.name} ({archive.stat().st_size / 1e6:,.0f} MB).")
-                _unpack(archive, root / name, tools)
+            try:
+                tools = _tools(archives)
+                _check_room(root, archives)
+                for name, archive in archives.items():
+                    say(f"Unpacking {archive.name} ({archive.stat().st_size / 1e6:,.0f} MB).")
+                    _unpack(archive, root / name, tools)
+            finally:
+                Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody else's
     except Timeout:
         raise ZooError(f"Another process unpacks the archives in {root}; wait for it.") from None
     except OSError as error:

@@ -67,20 +67,20 @@ def _write(spec: DataSpec, about: dict[str, Any], place: Path, progress: bool) -
     with checkpoint.replacing(place) as temporary, Progress(disable=not progress, transient=True) as bar:
         (temporary / "data").mkdir()
         task = bar.add_task("Writing", total=sum(map(len, data.values())))
-        names = []
+        names, sizes = [], dict.fromkeys(SPLITS, 0)
         for split in SPLITS:
             count = max(-(-len(data[split]) // SHARD), 1)
             for i in range(count):
                 shard = data[split].select(range(i * SHARD, min((i + 1) * SHARD, len(data[split]))))
                 names.append(f"data/{split}-{i:05d}-of-{count:05d}.parquet")
-                _write_shard(shard, temporary / names[-1])
+                sizes[split] += _write_shard(shard, temporary / names[-1])
                 bar.advance(task, len(shard))
         index = about | {"format_version": parquet.FORMAT_VERSION}
         index["files"] = {name: file_hash(temporary / name) for name in names}
         (temporary / parquet.INDEX).write_text(checkpoint.dump(index | {"sha256": digest(index)}), encoding="utf-8")
         if halved := _halves(data["test"]):
             (temporary / "halves.json").write_text(checkpoint.dump(halved), encoding="utf-8")
-        (temporary / "README.md").write_text(_card(spec, data, halved), encoding="utf-8")
+        (temporary / "README.md").write_text(_card(spec, data, sizes, halved), encoding="utf-8")
 
 
 def _with_boxes(spec: DataSpec) -> datasets.DatasetDict:
@@ -91,14 +91,19 @@ def _with_boxes(spec: DataSpec) -> datasets.DatasetDict:
     return load_miic(spec.path, boxes=True)
 
 
-def _write_shard(rows: datasets.Dataset, path: Path) -> None:
+def _write_shard(rows: datasets.Dataset, path: Path) -> int:
+    """Write one file; bytes of its rows in memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = _features(rows).arrow_schema  # with what the hub's viewer and load_dataset read of it
+    size = 0
     with pq.ParquetWriter(path, schema) as writer:
         for batch in _encoded(rows):
-            writer.write_table(pa.Table.from_pydict(batch, schema=schema))
+            table = pa.Table.from_pydict(batch, schema=schema)
+            writer.write_table(table)
+            size += table.nbytes
+    return size
 
 
 def _features(rows: datasets.Dataset) -> datasets.Features:
@@ -146,7 +151,7 @@ def _halves(test: datasets.Dataset) -> dict[str, Any] | None:
     return {"seed": SEED, "validation": [names[i] for i in validation], "reported": [names[i] for i in reported]}
 
 
-def _card(spec: DataSpec, data: datasets.DatasetDict, halved: dict[str, Any] | None) -> str:
+def _card(spec: DataSpec, data: datasets.DatasetDict, sizes: dict[str, int], halved: dict[str, Any] | None) -> str:
     import datasets
     import jinja2
     from huggingface_hub import DatasetCardData
@@ -155,17 +160,16 @@ def _card(spec: DataSpec, data: datasets.DatasetDict, halved: dict[str, Any] | N
     if terms_of(spec.name):
         about.license, about.license_name = "other", "non-commercial-research-only"
     kept = {split: rows for split, rows in data.items() if len(rows)}
-    config = {"config_name": "default", "data_files": [{"split": s, "path": f"data/{s}-*"} for s in kept]}
-    about.configs = [config]
+    about.configs = [{"config_name": "default", "data_files": [{"split": s, "path": f"data/{s}-*"} for s in kept]}]
     splits = datasets.SplitDict()
     for split, rows in kept.items():
-        splits.add(datasets.SplitInfo(split, num_examples=len(rows)))
-    info = datasets.DatasetInfo(features=_features(data["train"]), splits=splits)
+        splits.add(datasets.SplitInfo(split, num_bytes=sizes[split], num_examples=len(rows)))
+    info = datasets.DatasetInfo(features=_features(data["train"]), splits=splits, dataset_size=sum(sizes.values()))
     about.dataset_info = info._to_yaml_dict()  # what the library itself writes when it pushes
     template = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
         (files("zoo.hub_cards") / "dataset.md.j2").read_text(encoding="utf-8")
     )
-    return template.render(yaml=about.to_yaml().strip(), spec=spec, terms=terms_of(spec.name), halves=halved)
+    return template.render(yaml=about.to_yaml().strip(), spec=spec, terms=terms_of(spec.name), halves=halved) + "\n"
 
 
 def _check_push(data: str, repo: str, allowed: bool) -> None:
@@ -186,6 +190,6 @@ def _push(place: Path, repo: str, private: bool) -> None:
         if private and not api.repo_info(repo, repo_type="dataset").private:  # it was there before
             raise ZooError(f"{repo} is public; make it private on its page, or add --private false.")
         api.upload_folder(repo_id=repo, folder_path=place, repo_type="dataset", delete_patterns=["data/*"])
-    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError, OSError) as error:
+    except (errors.HTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ZooError(f"{repo} refused the upload ({reason}); log in: hf auth login. {place} is kept.") from error

@@ -120,7 +120,7 @@ def fetch(repo: str, revision: str | None, whole: bool) -> Path:
         raise ZooError(f"hub:{at}: there is no such data set, or you have no access; log in: hf auth login.") from None
     except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
         raise ZooError(f"hub:{at} is not in the cache, and the hub can't be asked; go online once.") from None
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+    except (errors.HTTPError, errors.HFValidationError, OSError) as error:
         raise ZooError(f"hub:{at} can't be had ({' '.join(str(error).split())[:200]}); try again later.") from error
     if not (Path(place) / INDEX).is_file():
         raise ZooError(f"hub:{at} has no {INDEX}; the zoo reads what zoo data export DATA --push {repo} writes.")
