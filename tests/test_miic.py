@@ -519,6 +519,9 @@ def test_terms_are_shown_once(replica, caplog, zoo_home):
         load_data(f"miic:{root}")
     assert caplog.text.count("non-commercial research only") == 1 and "10.21979/N9/WBLTFI" in caplog.text
     assert check_data(f"miic:{root}").name == "miic" and (zoo_home / "terms/miic").is_file()
+    small = ("--preset", "lite", "--input-size", 64, "--dims", 20)
+    assert run("fit", "padim", *small, "--data", f"miic:{root}", "--name", "m", "--skip-broken") == 0
+    assert "non-commercial research only" in (model_place("m") / "README.md").read_text()
 
 
 # ---- parquet and the hub ---------------------------------------------------------------------------------------------
@@ -567,6 +570,10 @@ def test_parquet_is_a_data_set_of_the_library(made, exported, tmp_path):
     assert data["test"].features["label"].names == ["normal", "anomalous"]
     row = data["test"][0]
     assert np.array_equal(row["image"], Image.open(root / row["path"])) and row["boxes"] == [truth.boxes[row["path"]]]
+    pairs = datasets.load_dataset(str(exported), "inpainting", cache_dir=str(tmp_path / "cache"))
+    for row, (abnormal, normal) in zip([*pairs["train"], *pairs["test"]], truth.pairs, strict=True):
+        assert np.array_equal(row["abnormal"], Image.open(root / abnormal))
+        assert np.array_equal(row["normal"], Image.open(root / normal))
     split = json.loads((exported / "halves.json").read_text())
     plain = load_data(f"miic:{root}")["test"].with_format(None)
     validation, reported = halves(list(plain["label"]), list(plain["path"]), split["seed"])

@@ -14,7 +14,7 @@ from PIL import Image
 
 from zoo import checkpoint
 from zoo.data import DataSpec, check_data, load_data, parquet
-from zoo.data.store import SPLITS, digest, file_hash
+from zoo.data.store import digest, file_hash
 from zoo.data.terms import terms_of
 from zoo.errors import ZooError
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 SHARD = 8192  # images a file
 GROUP = 128  # rows that are in memory at once
+IMAGES = {"image", "mask", "abnormal", "normal"}  # columns
+FOLDERS = {"default": "data", "inpainting": "inpainting"}  # of configurations
 
 
 def export_data(data: str, out: str, push: str | None, private: bool, allowed: bool, progress: bool) -> Path:
@@ -63,32 +65,38 @@ def export_data(data: str, out: str, push: str | None, private: bool, allowed: b
 def _write(spec: DataSpec, about: dict[str, Any], place: Path, progress: bool) -> None:
     from rich.progress import Progress
 
-    data = _with_boxes(spec)
+    configurations = _configurations(spec)
     with checkpoint.replacing(place) as temporary, Progress(disable=not progress, transient=True) as bar:
-        (temporary / "data").mkdir()
-        task = bar.add_task("Writing", total=sum(map(len, data.values())))
-        names, sizes = [], dict.fromkeys(SPLITS, 0)
-        for split in SPLITS:
-            count = max(-(-len(data[split]) // SHARD), 1)
-            for i in range(count):
-                shard = data[split].select(range(i * SHARD, min((i + 1) * SHARD, len(data[split]))))
-                names.append(f"data/{split}-{i:05d}-of-{count:05d}.parquet")
-                sizes[split] += _write_shard(shard, temporary / names[-1])
-                bar.advance(task, len(shard))
+        task = bar.add_task(
+            "Writing", total=sum(len(rows) for data in configurations.values() for rows in data.values())
+        )
+        names, sizes = [], {}
+        for name, data in configurations.items():
+            (temporary / FOLDERS[name]).mkdir()
+            for split, rows in data.items():
+                sizes[name, split] = 0
+                count = max(-(-len(rows) // SHARD), 1)
+                for i in range(count):
+                    shard = rows.select(range(i * SHARD, min((i + 1) * SHARD, len(rows))))
+                    names.append(f"{FOLDERS[name]}/{split}-{i:05d}-of-{count:05d}.parquet")
+                    sizes[name, split] += _write_shard(shard, temporary / names[-1])
+                    bar.advance(task, len(shard))
         index = about | {"format_version": parquet.FORMAT_VERSION}
         index["files"] = {name: file_hash(temporary / name) for name in names}
         (temporary / parquet.INDEX).write_text(checkpoint.dump(index | {"sha256": digest(index)}), encoding="utf-8")
-        if halved := _halves(data["test"]):
+        if halved := _halves(configurations["default"]["test"]):
             (temporary / "halves.json").write_text(checkpoint.dump(halved), encoding="utf-8")
-        (temporary / "README.md").write_text(_card(spec, data, sizes, halved), encoding="utf-8")
+        (temporary / "README.md").write_text(_card(spec, configurations, sizes, halved), encoding="utf-8")
 
 
-def _with_boxes(spec: DataSpec) -> datasets.DatasetDict:
+def _configurations(spec: DataSpec) -> dict[str, datasets.DatasetDict]:
+    """The set itself, and of MIIC boxes and pairs too."""
     if spec.kind != "miic":
-        return load_data(spec)
-    from zoo.data.miic import load_miic
+        return {"default": load_data(spec)}
+    from zoo.data.miic import load_miic, load_pairs
 
-    return load_miic(spec.path, boxes=True)
+    pairs = load_pairs(spec.path)
+    return {"default": load_miic(spec.path, boxes=True)} | ({"inpainting": pairs} if pairs else {})
 
 
 def _write_shard(rows: datasets.Dataset, path: Path) -> int:
@@ -110,7 +118,7 @@ def _features(rows: datasets.Dataset) -> datasets.Features:
     """Of the exported columns: images are images, whatever stands for them in memory."""
     import datasets
 
-    return datasets.Features(rows.features | {"image": datasets.Image(), "mask": datasets.Image()})
+    return datasets.Features(rows.features | {name: datasets.Image() for name in IMAGES if name in rows.features})
 
 
 def _encoded(rows: datasets.Dataset) -> Iterator[dict[str, list]]:
@@ -118,7 +126,7 @@ def _encoded(rows: datasets.Dataset) -> Iterator[dict[str, list]]:
     for first in range(0, len(rows), GROUP):
         batch = dict(rows[first : first + GROUP])
         names = [Path(name).name for name in batch["path"]]
-        for column in ("image", "mask"):
+        for column in batch.keys() & IMAGES:
             batch[column] = [_file(value, name) for value, name in zip(batch[column], names, strict=True)]
         yield batch
 
@@ -151,7 +159,12 @@ def _halves(test: datasets.Dataset) -> dict[str, Any] | None:
     return {"seed": SEED, "validation": [names[i] for i in validation], "reported": [names[i] for i in reported]}
 
 
-def _card(spec: DataSpec, data: datasets.DatasetDict, sizes: dict[str, int], halved: dict[str, Any] | None) -> str:
+def _card(
+    spec: DataSpec,
+    configurations: dict[str, datasets.DatasetDict],
+    sizes: dict[tuple[str, str], int],
+    halved: dict[str, Any] | None,
+) -> str:
     import datasets
     import jinja2
     from huggingface_hub import DatasetCardData
@@ -159,17 +172,27 @@ def _card(spec: DataSpec, data: datasets.DatasetDict, sizes: dict[str, int], hal
     about = DatasetCardData(tags=["anomaly-detection"])
     if terms_of(spec.name):
         about.license, about.license_name = "other", "non-commercial-research-only"
-    kept = {split: rows for split, rows in data.items() if len(rows)}
-    about.configs = [{"config_name": "default", "data_files": [{"split": s, "path": f"data/{s}-*"} for s in kept]}]
-    splits = datasets.SplitDict()
-    for split, rows in kept.items():
-        splits.add(datasets.SplitInfo(split, num_bytes=sizes[split], num_examples=len(rows)))
-    info = datasets.DatasetInfo(features=_features(data["train"]), splits=splits, dataset_size=sum(sizes.values()))
-    about.dataset_info = info._to_yaml_dict()  # what the library itself writes when it pushes
-    template = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(
-        (files("zoo.hub_cards") / "dataset.md.j2").read_text(encoding="utf-8")
+    about.configs, infos = [], []
+    for name, data in configurations.items():
+        kept = {split: rows for split, rows in data.items() if len(rows)}
+        patterns = [{"split": split, "path": f"{FOLDERS[name]}/{split}-*"} for split in kept]
+        about.configs.append({"config_name": name, "data_files": patterns})
+        splits = datasets.SplitDict()
+        for split, rows in kept.items():
+            splits.add(datasets.SplitInfo(split, num_bytes=sizes[name, split], num_examples=len(rows)))
+        features = _features(next(iter(kept.values())))
+        info = datasets.DatasetInfo(config_name=name, features=features, splits=splits)
+        infos.append({"config_name": name} | info._to_yaml_dict())  # as the library writes them when it pushes
+    about.dataset_info = infos
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string((files("zoo.hub_cards") / "dataset.md.j2").read_text(encoding="utf-8"))
+    return template.render(
+        yaml=about.to_yaml().strip(),
+        spec=spec,
+        terms=terms_of(spec.name),
+        halves=halved,
+        pairs=sum(len(rows) for rows in configurations.get("inpainting", {}).values()),
     )
-    return template.render(yaml=about.to_yaml().strip(), spec=spec, terms=terms_of(spec.name), halves=halved) + "\n"
 
 
 def _check_push(data: str, repo: str, allowed: bool) -> None:
@@ -189,7 +212,7 @@ def _push(place: Path, repo: str, private: bool) -> None:
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
         if private and not api.repo_info(repo, repo_type="dataset").private:  # it was there before
             raise ZooError(f"{repo} is public; make it private on its page, or add --private false.")
-        api.upload_folder(repo_id=repo, folder_path=place, repo_type="dataset", delete_patterns=["data/*"])
+        api.upload_folder(repo_id=repo, folder_path=place, repo_type="dataset", delete_patterns=["*.parquet"])
     except (errors.HTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ZooError(f"{repo} refused the upload ({reason}); log in: hf auth login. {place} is kept.") from error

@@ -51,10 +51,9 @@ class MIIC(datasets.GeneratorBasedBuilder):
         super().__init__(*args, data_dir=str(root), hash=files_hash(root)[:16], **options)
 
     def _info(self) -> datasets.DatasetInfo:
-        pairs = {"abnormal": datasets.Image(), "normal": datasets.Image(), "path": datasets.Value("string")}
         return datasets.DatasetInfo(
             description="SEM images of integrated circuits, with defects to be found by learning from normal ones.",
-            features=datasets.Features(pairs) if self.config.name == "inpainting" else features(decode=True),
+            features=_pair_features(True) if self.config.name == "inpainting" else features(decode=True),
             homepage="https://doi.org/10.21979/N9/WBLTFI",
             license=terms_of("miic"),
         )
@@ -62,13 +61,9 @@ class MIIC(datasets.GeneratorBasedBuilder):
     def _split_generators(self, manager: Any) -> list[datasets.SplitGenerator]:
         layout = scan(self.config.data_dir)
         show_terms(layout.name)
-        if self.config.name == "inpainting":
-            folders = {"train": layout.root / PAIRS, "test": layout.root / TEST_PAIRS}
-            rows = {split: _pairs(folder) for split, folder in folders.items() if folder.is_dir()}
-            if not rows:
-                raise ZooError(f"{layout.root} has neither {PAIRS} nor {TEST_PAIRS}; unpack them there.")
-        else:
-            rows = rows_of(layout, boxes=True)
+        rows = _pairs(layout.root) if self.config.name == "inpainting" else rows_of(layout, boxes=True)
+        if not rows:
+            raise ZooError(f"{layout.root} has no pairs such as {PAIRS}/x_abnormal_1.jpg and x_normal_1.jpg.")
         return [datasets.SplitGenerator(name, gen_kwargs={"rows": found}) for name, found in rows.items()]
 
     def _generate_examples(self, rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -95,6 +90,14 @@ def load_miic(root: str | os.PathLike, boxes: bool = False) -> datasets.DatasetD
             split: datasets.Dataset.from_list(rows, features=features(boxes=boxes))
             for split, rows in rows_of(layout, boxes).items()
         }
+    )
+
+
+def load_pairs(root: str | os.PathLike) -> datasets.DatasetDict:
+    """The pairs for inpainting: columns abnormal, normal and path; splits train and test, as far as they are there."""
+    rows = _pairs(Path(os.path.abspath(Path(root).expanduser())))
+    return datasets.DatasetDict(
+        {split: datasets.Dataset.from_list(found, features=_pair_features()) for split, found in rows.items()}
     )
 
 
@@ -128,8 +131,14 @@ def rows_of(layout: Layout, boxes: bool) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-def _pairs(folder: Path) -> list[dict[str, Any]]:
-    pairs = abnormal_and_clean(folder)
-    if not pairs:
-        raise ZooError(f"{folder} has no pairs such as train_abnormal_1.jpg and train_normal_1.jpg; unpack it.")
-    return [{"abnormal": str(a), "normal": str(n), "path": f"{folder.name}/{a.name}"} for a, n in pairs]
+def _pairs(root: Path) -> dict[str, list[dict[str, Any]]]:
+    rows = {}
+    for split, folder in (("train", PAIRS), ("test", TEST_PAIRS)):
+        if pairs := abnormal_and_clean(root / folder):
+            rows[split] = [{"abnormal": str(a), "normal": str(n), "path": f"{folder}/{a.name}"} for a, n in pairs]
+    return rows
+
+
+def _pair_features(decode: bool = False) -> datasets.Features:
+    image = datasets.Image(decode=decode)
+    return datasets.Features(abnormal=image, normal=image, path=datasets.Value("string"))
