@@ -1,7 +1,7 @@
 """A data set as parquet files, on disk or in a repository of the hub: bytes embedded, images as they were encoded.
 
-A folder of `zoo.json` (name, fingerprint, counts, SHA-256 of each file and of itself), `data/<split>-*.parquet` and, for
-readers, `README.md`, `halves.json` and pairs for inpainting where there are some. `zoo.data.export` writes it;
+A folder of `zoo.json` (name, fingerprint, counts, SHA-256 of each file and of itself), `data/<split>-*.parquet` and,
+for readers, `README.md`, `halves.json` and pairs for inpainting where there are some. `zoo.data.export` writes it;
 `datasets.load_dataset` reads it, too.
 """
 
