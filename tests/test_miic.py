@@ -21,7 +21,7 @@ from scipy.io import savemat
 from zoo.cli import main
 from zoo.data import archives, check_data, load_data, miic_layout
 from zoo.data.datamodule import AnomalyDataModule
-from zoo.data.halves import halves
+from zoo.data.halves import halves, reported_half, validation_half
 from zoo.data.miic import MIIC, load_miic
 from zoo.data.rows import read_row
 from zoo.errors import ZooError
@@ -86,6 +86,20 @@ def test_train_and_test_are_as_written(tmp_path, traps):
             jpeg = np.asarray(Image.open(root / f"Anomaly_test/abnormal_mask/{Path(row['path']).stem}_mask.jpg"))
             assert np.array_equal(mask, jpeg > 127)
             assert (mask & drawn).sum() >= 0.8 * (mask | drawn).sum()
+
+
+def test_a_name_of_the_test_set_is_left_out_whatever_is_in_it(replica):
+    root, truth = replica
+    left_out = truth.train[-1]
+    shutil.copyfile(root / truth.train[0], root / "Anomaly_test/normal_img" / Path(left_out).name)
+    (root / truth.train[0]).unlink()
+    assert names(load_data(f"miic:{root}")["train"]) == truth.train[1:-1]
+
+
+def test_the_halves_have_the_same_share_of_each_class(made):
+    data = load_data(f"miic:{made[0]}")
+    for half in (validation_half(data, "image_ap"), reported_half(data)):
+        assert sorted(half["test"].with_format(None)["label"]) == [0] * 5 + [1] * 4
 
 
 def test_copies_are_named(made, caplog):

@@ -184,7 +184,9 @@ def _card(
         info = datasets.DatasetInfo(config_name=name, features=features, splits=splits)
         infos.append({"config_name": name} | info._to_yaml_dict())  # as the library writes them when it pushes
     about.dataset_info = infos
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     template = environment.from_string((files("zoo.hub_cards") / "dataset.md.j2").read_text(encoding="utf-8"))
     return template.render(
         yaml=about.to_yaml().strip(),
