@@ -25,6 +25,7 @@ from zoo.cards import render_card
 from zoo.data import DataSpec, check_data, load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import SEED, reported_half, validation_half
+from zoo.data.terms import terms_of
 from zoo.errors import ZooError
 from zoo.estimate import Estimate, estimate
 from zoo.methods import create_model, method_id, presets, signature
@@ -115,6 +116,9 @@ def fit(
     spec = check_data(data)
     if not spec.counts["train"][0]:
         raise ZooError(f"--data {data} has no normal images to fit on; put some into train/good or good.")
+    if own := spec.pairs if _takes_pairs(method) and not arguments.get("inpainting_pairs") else None:
+        arguments = arguments | {"inpainting_pairs": str(own)}
+        run.say(f"What to paint over is learned from the pairs of {spec.name}, in {own.name}.")
     model = create_model(method, preset, **arguments)
     model.precision = run.precision
     options = DataOptions(**(presets(method, preset).get("data", {}) | (data_options or {})))
@@ -163,7 +167,8 @@ def fit(
         "train_data": _described(spec)
         | {"images": module.num_train_images - defects, "defects": defects}
         | {"held_out": len(heldout), "broken": len(module.broken)}
-        | model.further_sources(),
+        | model.further_sources()
+        | ({"pairs_of": spec.name} if own else {}),
         "seconds": seconds,
         "peak_memory_mb": record.peak_memory_mb(),
         "processes": trainer.world_size,
@@ -357,8 +362,13 @@ def _say_broken(module: AnomalyDataModule, run: RunOptions) -> None:
         run.say(f"Left out {name}: {reason}")
 
 
+def _takes_pairs(method: str) -> bool:
+    return "inpainting_pairs" in signature(method)
+
+
 def _described(spec: DataSpec) -> dict[str, Any]:
-    return {"name": spec.name, "fingerprint": spec.fingerprint}
+    terms = terms_of(spec.name)
+    return {"name": spec.name, "fingerprint": spec.fingerprint} | ({"terms": terms} if terms else {})
 
 
 def _announce(
