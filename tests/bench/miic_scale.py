@@ -2,9 +2,9 @@
 
     python tests/bench/miic_scale.py --out tests/bench/miic_scale.json [--folder REPLICA]
 
-The replica (25,276 files in Anomaly_train, 512 x 512, every trap set) is drawn by `tests/miic_replica.py` unless a folder
-of it is given. Each step is a process of its own: its wall time and the peak of its resident memory. Figures of a
-replica are not MIIC's.
+The replica (25,276 files in Anomaly_train, 512 x 512, every trap set) is drawn by `tests/miic_replica.py` unless a
+folder of it is given. Each step is a process of its own: its wall time and the peak of its resident memory. Figures of
+a replica are not MIIC's.
 """
 
 import argparse
