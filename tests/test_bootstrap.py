@@ -17,7 +17,7 @@ from zoo.metrics.bootstrap import image_tables, intervals
 
 
 def examples(normals=9, defects=7, side=24):
-    """Labels, scores, maps (n, 1, side, side) of 8 significant bits, masks with a square in each defect."""
+    """Labels, scores, maps (n, 1, side, side) of few values, masks with a square in each defect."""
     rng = np.random.default_rng(5)
     labels = np.array([0] * normals + [1] * defects)
     scores = (rng.normal(size=len(labels)) + labels).astype(np.float32)
@@ -77,6 +77,33 @@ def test_interval_of_the_auroc_is_as_wide_as_its_known_deviation():
     deviation = math.sqrt(p * (1 - p) / defects + q * (1 - q) / normals) / 2
     assert (low + high) / 2 == pytest.approx((1 + p - q) / 2, abs=0.2 * deviation)
     assert (high - low) / 2 == pytest.approx(1.96 * deviation, rel=0.06)
+
+
+@pytest.mark.parametrize(("offset", "scale"), [(0, 1), (100, 0.1), (-1, 1e-3), (0, 1e6)])
+def test_pixel_intervals_do_not_depend_on_the_range_of_maps(offset, scale):
+    """Smooth maps of a million pixels, where tables are thinned, against the exact ones of scikit-learn."""
+    labels, scores, maps, masks = examples(side=256)
+    generator = torch.Generator().manual_seed(0)
+    maps = (
+        torch.rand(maps.shape, generator=generator)
+        + 0.4 * masks
+        + 0.3 * torch.rand(len(maps), 1, 1, 1, generator=generator)
+    )
+    maps = offset + scale * maps
+    tables = image_tables(maps, masks, None)
+    assert sum(map(len, tables)) < 0.01 * maps.numel()
+    found = intervals(labels, scores, tables, replicates=6)
+    for name, metric in ("pixel_auroc", roc_auc_score), ("pixel_ap", average_precision_score):
+        exact = [metric(masks[rows].flatten().numpy(), maps[rows].flatten().numpy()) for rows in drawn(labels, 0, 6)]
+        np.testing.assert_allclose(found[name], np.quantile(exact, [0.025, 0.975]), atol=5e-3, err_msg=name)
+
+
+def test_images_without_pixels_of_a_defect_stay_apart():
+    """Three of four defects have empty masks: a draw of those alone has no pixel metrics, so none is made."""
+    labels, scores, maps, masks = examples(defects=4)
+    masks[-3:] = False
+    found = intervals(labels, scores, image_tables(maps, masks, None), 200)
+    assert 0 < found["pixel_ap"][0] <= found["pixel_ap"][1] <= 1
 
 
 def test_draws_depend_on_the_seed_alone_and_a_region_cuts():
