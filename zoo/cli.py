@@ -186,6 +186,13 @@ def evaluate(argv: list[str]) -> None:
     parser = _parser("evaluate", "Score the test split at the images' own size and keep the record with the model.")
     parser.add_argument("name", help="name or folder of a model")
     parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
+    parser.add_argument(
+        "--protocol",
+        type=Literal["house", "paper"] | None,
+        default=None,
+        help="house: held-out half, full test set and last step, with F1 at a threshold of the other half; paper: all "
+        "at 224 x 224; null: what a selection has not seen",
+    )
     _data_options(parser, {})
     _run_options(parser, precision=None, devices=True)
     options = _parse(parser, argv)
@@ -196,11 +203,16 @@ def evaluate(argv: list[str]) -> None:
     check_data(options.data)
 
     from zoo import fit as runs
+    from zoo import protocol
     from zoo.tables import console, metric_table
 
     model = hub.from_pretrained(folder)
     before = checkpoint.read_json(folder / checkpoint.RECORD)
-    record = runs.evaluate(model, options.data, before, _data_values(options), _run(options, model.precision))
+    arguments = (model, options.data, before, _data_values(options), _run(options, model.precision))
+    if options.protocol == "house":
+        protocol.load_last_weights(model, folder)
+    by_protocol = options.protocol is not None
+    record = protocol.evaluate_by(options.protocol, *arguments) if by_protocol else runs.evaluate(*arguments)
     if not launched()[0]:
         runs.store_evaluation(folder, model, record)
     if before.get("test_data", record["test_data"])["name"] != record["test_data"]["name"]:

@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from zoo.cards import METRICS
+from zoo.cards import FURTHER, METRICS
 
 
 def console() -> Console:
@@ -15,8 +15,19 @@ def console() -> Console:
 
 
 def metric_table(record: dict[str, Any]) -> Table:
-    """One row with the metrics of a record; one more for each further image score of a method that has several."""
+    """One row with the metrics of a record; one more for each further image score of a method that has several.
+
+    Of a record by a protocol, one row for each of its readings.
+    """
     table = Table(title=f"{record['method']} on {record['test_data']['name']}", title_justify="left")
+    if readings := record.get("readings"):
+        keys = [k for k in METRICS | FURTHER if any(k in found["metrics"] for found in readings.values())]
+        for title in ("reading", *((METRICS | FURTHER)[key] for key in keys)):
+            table.add_column(title, justify="left" if title == "reading" else "right")
+        for found in readings.values():
+            figures = (f"{found['metrics'][k]:.4f}" if k in found["metrics"] else "-" for k in keys)
+            table.add_row(found["about"], *figures)
+        return table
     rows = {"": record["metrics"]}
     if others := record.get("other_scores"):
         table.add_column("score")
