@@ -167,6 +167,7 @@ def fit(
         | model.further_sources(),
         "seconds": seconds,
         "peak_memory_mb": record.peak_memory_mb(),
+        **record.peak_device_memory(trainer.strategy.root_device),
         "processes": trainer.world_size,
         **record.environment(trainer.strategy.root_device),
     }

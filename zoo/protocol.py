@@ -114,7 +114,8 @@ def _house(model: AnomalyModule, data: str, score: Callable[[str], _Scored]) -> 
         "full": _reading("full test set" + ", half of which chose the step: too good" * chosen, full, thresholds),
     }
     if last or _kept_is_last(held_out.record):
-        readings["last"] = _reading("last step's weights, held-out half", last or held_out, thresholds)
+        # Thresholds of the kept step's scores mean nothing to these.
+        readings["last"] = _reading("last step's weights, held-out half", last or held_out, {})
     protocol = {"name": "house", "halves_seed": SEED, "val_thresholds": thresholds, "val": val.counts}
     return held_out.record | {"protocol": protocol, "readings": readings}
 

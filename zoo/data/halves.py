@@ -20,7 +20,7 @@ def halves(labels: list[int], names: list[str], seed: int = SEED) -> tuple[list[
     Returns:
         Two sorted lists of row numbers; of an odd number in a stratum the reported half has one more.
     """
-    kinds = [name.removeprefix("test/").split("/")[0] for name in names]
+    kinds = [kind_of(name) for name in names]
     sizes = Counter(kinds)
     strata = defaultdict(list)
     for row, (label, kind) in enumerate(zip(labels, kinds, strict=True)):
@@ -32,6 +32,11 @@ def halves(labels: list[int], names: list[str], seed: int = SEED) -> tuple[list[
         validation += [rows[i] for i in order[: len(rows) // 2]]
     chosen = set(validation)
     return sorted(validation), [row for row in range(len(names)) if row not in chosen]
+
+
+def kind_of(name: str) -> str:
+    """The kind of defect that an image's name tells: "test/scratch/3.png" -> "scratch"."""
+    return name.removeprefix("test/").split("/")[0]
 
 
 def validation_half(data: DatasetDict, metric: str, seed: int = SEED) -> DatasetDict:
