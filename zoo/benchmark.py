@@ -138,12 +138,11 @@ def _preset(method: str, preset: str | None, arguments: dict[str, Any]) -> str:
 def _job(plan: Plan, common: dict[str, Any], method: str, how: dict[str, Any], seed: int) -> dict[str, Any]:
     options = {"num_workers": plan.num_workers, "skip_broken": plan.skip_broken}
     options |= {"batch_size": plan.batch_size} if plan.batch_size else {}
-    key = hashlib.sha256(json.dumps([common, method, how, seed], sort_keys=True).encode()).hexdigest()[:16]
     return how | {
         "method": method,
         "seed": seed,
         "name": f"{method.replace('_', '-')}-seed{seed}",
-        "key": key,
+        "key": run_key(common, method, how, seed),
         "data": plan.data,
         "data_options": options,
         "protocol": plan.protocol,
@@ -151,6 +150,11 @@ def _job(plan: Plan, common: dict[str, Any], method: str, how: dict[str, Any], s
         "precision": plan.precision,
         "out": str(plan.out),
     }
+
+
+def run_key(common: dict[str, Any], method: str, how: dict[str, Any], seed: int) -> str:
+    """What a record and the configuration that it belongs to have in common."""
+    return hashlib.sha256(json.dumps([common, method, how, seed], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def run_benchmark(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
@@ -237,6 +241,18 @@ def read_record(out: Path, name: str) -> dict[str, Any]:
         return json.loads((out / "runs" / f"{name}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def read_records(out: Path, index: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of an index's runs, failed ones too, in the order of methods and seeds."""
+    found = [read_record(out, path.stem) for path in sorted((out / "runs").glob("*.json"))]
+    known = []
+    for record in found:
+        method, seed = record.get("method"), record.get("seed")
+        how = index["methods"].get(method)
+        if how and record["benchmark"]["key"] == run_key(index["common"], method, how, seed):
+            known.append(record)
+    return sorted(known, key=lambda record: (record["method"], record["seed"]))
 
 
 def is_done(record: dict[str, Any], key: str) -> bool:
