@@ -104,11 +104,23 @@ def jobs_of(plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         if unknown:
             raise ZooError(f"{method} has no argument {min(unknown)!r} to benchmark with; see zoo fit {method} --help.")
         trainer = trainer_options(method, preset, plan.budget, plan.select)
-        methods[method] = {"preset": preset, "arguments": arguments.get(method, {}), "trainer": trainer}
+        methods[method] = {"preset": preset, "arguments": _placeless(arguments.get(method, {})), "trainer": trainer}
     if others := arguments.keys() - methods.keys():
         raise ZooError(f"--arguments speaks of {min(others)}, which --methods leaves out.")
-    jobs = [_job(plan, common, method, how, seed) for seed in range(plan.seeds) for method, how in methods.items()]
+    jobs = [
+        _job(plan, common, method, how, seed) | {"arguments": arguments.get(method, {})}
+        for seed in range(plan.seeds)
+        for method, how in methods.items()
+    ]
     return {"format_version": FORMAT_VERSION, "common": common, "methods": methods}, jobs
+
+
+def _placeless(arguments: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as a record may tell them: of a file its name, not its place."""
+    return {
+        name: os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
+        for name, value in arguments.items()
+    }
 
 
 def _check_counts(plan: Plan, spec: DataSpec) -> None:

@@ -266,7 +266,7 @@ def benchmark(argv: list[str]) -> None:
         "--budget",
         type=int | str | None,
         default=None,
-        help="optimiser steps of each method that takes steps, such as 300, or a share of its preset's, such as 10%%",
+        help="optimiser steps of each method that takes steps, such as 300, or a share of its preset's, such as 10%",
     )
     parser.add_argument(
         "--protocol", type=Literal["house", "paper"], default="house", help="halves, or all at 224 x 224; see evaluate"

@@ -29,6 +29,10 @@ class Shown(NamedTuple):
     truth: np.ndarray | None
     map: np.ndarray
 
+    def known(self) -> np.ndarray:
+        """The mask, empty where there is none."""
+        return np.zeros(self.map.shape, dtype=bool) if self.truth is None else self.truth
+
 
 def draw(
     folder: Path, model: AnomalyModule, data: str, view: dict[str, int | None], threshold: float | None = None
@@ -65,7 +69,7 @@ def draw(
         called = None if threshold is None else score >= threshold
         index.append({"group": group, "kind": kind, "score": score, "called": called, "file": file})
     figure_rows = [
-        {"normal": shown[beside[i % len(beside)]].image, "defective": of.image, "truth": of.truth, "map": of.map}
+        {"normal": shown[beside[i % len(beside)]].image, "defective": of.image, "truth": of.known(), "map": of.map}
         for i, of in enumerate(shown[name] for name in defects)
     ]
     plots.figure1(figure_rows, model.calibration, folder / FIGURE1)
@@ -92,8 +96,7 @@ def _scored_again(
 
 def _tile(shown: Shown, model: AnomalyModule) -> np.ndarray:
     """Image and heatmap side by side, uint8 (h, w, 3)."""
-    known = shown.truth is not None and shown.truth.any()
-    image = plots.outline(shown.image, shown.truth) if known else plots.grey8(shown.image)
+    image = plots.outline(shown.image, shown.known())
     return _small([image, plots.overlay(shown.image, shown.map, model.calibration)])
 
 
