@@ -68,7 +68,9 @@ def trainer_options(method: str, preset: str, budget: str | None, select: str) -
     planned = presets(method, preset).get("trainer")
     share = re.fullmatch(r"(\d+(?:\.\d+)?)%", budget or "")
     if budget and not (share or re.fullmatch(r"\d+", budget)) or (share and not float(share[1])):
-        raise ZooError(f"--budget is a number of steps such as 300, or a share of the preset's such as 10%; not {budget}.")
+        raise ZooError(
+            f"--budget is a number of steps such as 300, or a share of the preset's such as 10%; not {budget}."
+        )
     if planned is None:
         return {}
     given: dict[str, Any] = {"select": select}
@@ -190,7 +192,11 @@ def run_benchmark(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str,
             write_text(plan.out / INDEX, dump(joined(plan.out, index)))
         missing = [job for job in jobs if not is_done(read_record(plan.out, job["name"]), job["key"])]
         done = len(jobs) - len(missing)
-        say(f"{len(jobs)} runs on {index['common']['data']['name']}" + f", {done} of them done before" * bool(done) + ".")
+        say(
+            f"{len(jobs)} runs on {index['common']['data']['name']}"
+            + f", {done} of them done before" * bool(done)
+            + "."
+        )
         for number, job in enumerate(missing, done + 1):
             say(f"[{number} of {len(jobs)}] {job['method']}, seed {job['seed']} ...")
             begin = time.monotonic()
@@ -199,7 +205,7 @@ def run_benchmark(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str,
             if is_done(record, job["key"]):
                 say(f"    image ROC {record['metrics']['image_auroc']:.4f} ({time.monotonic() - begin:.0f} s)")
             elif first:
-                reason = _reason(_log(plan.out, job["name"]), code, plan)
+                reason = _reason(_log(plan.out, job["name"]), code, job)
                 failed = {"failed": reason, "method": job["method"], "seed": job["seed"]}
                 failed["benchmark"] = {"key": job["key"], "name": job["name"]}
                 write_text(plan.out / "runs" / f"{job['name']}.json", dump(failed))
@@ -300,11 +306,14 @@ def _log(out: Path, name: str) -> Path:
     return out / "logs" / (f"{name}.log" if not rank else f"{name}-rank{rank}.log")
 
 
-def _reason(log: Path, code: int, plan: Plan) -> str:
+def _reason(log: Path, code: int, job: dict[str, Any]) -> str:
     """Why a run failed, in a sentence without a place of this machine."""
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("zoo: ")]
+    lines = [
+        line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.startswith("zoo: ")
+    ]
     if lines:
-        return publishable(lines[0].removeprefix("zoo: "), [plan.data, str(plan.out)])
+        own = [value for value in job["arguments"].values() if isinstance(value, str)]
+        return publishable(lines[0].removeprefix("zoo: "), [job["data"], job["out"], *own])
     if code < 0:
         return f"ended by {signal.Signals(-code).name}" + ": out of memory?" * (code == -signal.SIGKILL)
     return f"ended with code {code}; see logs/{log.name}"
@@ -312,7 +321,7 @@ def _reason(log: Path, code: int, plan: Plan) -> str:
 
 def publishable(text: str, places: Sequence[str]) -> str:
     """A text in which absolute paths are cut down to their last part."""
-    known = [os.path.abspath(place) for place in places if os.path.exists(place)]
+    known = [os.path.abspath(place) for place in places]
     for place in sorted([*known, os.path.expanduser("~"), os.getcwd(), sys.prefix], key=len, reverse=True):
         if len(place) > 1:
             text = text.replace(place, os.path.basename(place))

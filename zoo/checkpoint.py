@@ -72,7 +72,7 @@ def save(
             (temporary / name).write_text(text, encoding="utf-8")
         if last:
             (temporary / LAST).parent.mkdir(exist_ok=True)
-            save_file(last, temporary / LAST)
+            save_file({name: tensor.contiguous() for name, tensor in last.items()}, temporary / LAST)
         (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode)  # safetensors writes for its owner alone
     return folder
 

@@ -282,8 +282,12 @@ def benchmark(argv: list[str]) -> None:
     parser.add_argument("--num-workers", type=int | None, default=None, help="decoding processes; null: as for fit")
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read")
     _run_options(parser, devices=True)
-    parser.add_argument("--figure-method", type=str | None, default=None, help="of Figure 1; null: the best by image ROC")
-    parser.add_argument("--render", type=str | None, default=None, help="only render this folder of an earlier benchmark")
+    parser.add_argument(
+        "--figure-method", type=str | None, default=None, help="of Figure 1; null: the best by image ROC"
+    )
+    parser.add_argument(
+        "--render", type=str | None, default=None, help="only render this folder of an earlier benchmark"
+    )
     options = _parse(parser, argv)
     if not (options.data or options.render):
         raise ZooError("zoo benchmark needs --data: zoo benchmark --data DATA --out DIR.")
@@ -295,7 +299,9 @@ def benchmark(argv: list[str]) -> None:
         values = {key: options[key] for key in Plan.__dataclass_fields__}
         budget = None if options.budget is None else str(options.budget)
         precision = options.precision or "32-true"
-        run_benchmark(Plan(**values | {"out": out, "budget": budget, "precision": precision}), partial(print, flush=True))
+        run_benchmark(
+            Plan(**values | {"out": out, "budget": budget, "precision": precision}), partial(print, flush=True)
+        )
     if not launched()[0]:
         from zoo.report import render
 

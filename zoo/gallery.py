@@ -91,7 +91,10 @@ def _scored_again(
             map = model(part.image.to(model.device)).map
         image = part.image[0].movedim(0, -1).numpy()  # (H, W, C)
         truth = None if part.mask is None else part.mask[0, 0].numpy()
-        yield part.name[0], Shown(image[..., 0] if image.shape[2] == 1 else image, truth, map[0, 0].float().cpu().numpy())
+        yield (
+            part.name[0],
+            Shown(image[..., 0] if image.shape[2] == 1 else image, truth, map[0, 0].float().cpu().numpy()),
+        )
 
 
 def _tile(shown: Shown, model: AnomalyModule) -> np.ndarray:

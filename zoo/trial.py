@@ -67,7 +67,9 @@ def _alone(path: Path) -> Iterator[None]:
         with FileLock(path).acquire(timeout=PATIENCE):
             yield
     except Timeout:
-        raise ZooError("A process of an earlier benchmark still works on this run; try again when it is gone.") from None
+        raise ZooError(
+            "A process of an earlier benchmark still works on this run; try again when it is gone."
+        ) from None
 
 
 def _fitted(job: dict[str, Any], out: Path, options: RunOptions) -> tuple[AnomalyModule, dict[str, Any]]:
