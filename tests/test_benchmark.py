@@ -18,13 +18,14 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from zoo import paper
-from zoo.benchmark import Plan, jobs_of, publishable, read_index, run_key, trainer_options
+from zoo.benchmark import publishable, read_index
 from zoo.cards import FURTHER, METRICS
 from zoo.checkpoint import dump
 from zoo.cli import main
 from zoo.data import load_data
 from zoo.data.halves import halves
 from zoo.nn.features import find_weights
+from zoo.plan import Plan, jobs_of, run_key, trainer_options
 from zoo.report import render
 from zoo.trial import run
 
@@ -132,9 +133,8 @@ def test_the_tables_are_those_of_the_records(bench, kind):
     """Each table is parsed back; a cell is mean and spread in percent."""
     text = (bench["out"] / ("index.html" if kind == "html" else f"table3.{kind}")).read_text()
     if kind == "md":
-        lines = [
-            [cell.strip() for cell in line.strip("|").split(" | ")] for line in text.splitlines() if line[:1] == "|"
-        ]
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        lines = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
     elif kind == "tex":
         assert text.count("\\toprule") == text.count("\\bottomrule") == 3
         rows = [line.removesuffix(" \\\\") for line in text.splitlines() if " & " in line]
@@ -260,9 +260,8 @@ def test_a_run_that_was_fitted_is_not_fitted_again(bench, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(bench["out"], out)
     (out / "runs/stfpm-seed1.json").unlink()
-    _, jobs = jobs_of(
-        Plan(DATA, ["stfpm"], out, 2, "lite", "4", arguments={"stfpm": SIZES["stfpm"]}, device="cpu", batch_size=10)
-    )
+    given = {"stfpm": SIZES["stfpm"]}
+    _, jobs = jobs_of(Plan(DATA, ["stfpm"], out, 2, "lite", "4", arguments=given, device="cpu", batch_size=10))
     run(jobs[1])
     again, before = (records_of(place)["stfpm-seed1"] for place in (out, bench["out"]))
     assert again["readings"] == before["readings"] and again["seconds"] == before["seconds"]

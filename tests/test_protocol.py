@@ -26,9 +26,7 @@ SMALL = {"padim": {"dims": 20}, "stfpm": {}}
 
 def fitted(method, data, name=None, **trainer):
     arguments = {"input_size": 64} | SMALL[method]
-    return fit(
-        method, str(data), name, "lite", arguments, {"batch_size": 10}, trainer, RunOptions(say=lambda line: None)
-    )
+    return fit(method, str(data), name, "lite", arguments, {"batch_size": 10}, trainer, RunOptions())
 
 
 def looked_at(model, data, rows):

@@ -252,56 +252,20 @@ def predict(argv: list[str]) -> None:
 
 def benchmark(argv: list[str]) -> None:
     parser = _parser("benchmark", "Fit and evaluate methods, seed by seed; go on after a stop; render from records.")
-    parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
-    parser.add_argument("--out", type=str, default="zoo-benchmark", help="folder of records, models, tables and page")
-    parser.add_argument("--methods", type=str, nargs="+", default=list_methods(), help="ids; all of them by default")
-    parser.add_argument("--seeds", type=int, default=3, help="runs a method, with the seeds 0, 1, ...")
-    parser.add_argument(
-        "--preset",
-        type=str | None,
-        default=None,
-        help="as for fit; with mvtec_steps, methods that learn in one pass take paper224",
-    )
-    parser.add_argument(
-        "--budget",
-        type=int | str | None,
-        default=None,
-        help="optimiser steps of each method that takes steps, such as 300, or a share of its preset's, such as 10%",
-    )
-    parser.add_argument(
-        "--protocol", type=Literal["house", "paper"], default="house", help="halves, or all at 224 x 224; see evaluate"
-    )
-    parser.add_argument("--select", type=str, default="image_auroc", help="which step is kept; see fit")
-    parser.add_argument(
-        "--arguments",
-        type=dict[str, dict[str, Any]],
-        default={},
-        help='own arguments of methods, such as \'{"padim": {"dims": 100}}\'',
-    )
-    parser.add_argument("--batch-size", type=int | None, default=None, help="images a batch; null: the preset's")
-    parser.add_argument("--num-workers", type=int | None, default=None, help="decoding processes; null: as for fit")
-    parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read")
-    _run_options(parser, devices=True)
-    parser.add_argument(
-        "--figure-method", type=str | None, default=None, help="of Figure 1; null: the best by image ROC"
-    )
-    parser.add_argument(
-        "--render", type=str | None, default=None, help="only render this folder of an earlier benchmark"
-    )
+    _benchmark_options(parser)
     options = _parse(parser, argv)
     if not (options.data or options.render):
         raise ZooError("zoo benchmark needs --data: zoo benchmark --data DATA --out DIR.")
 
-    from zoo.benchmark import Plan, run_benchmark
-
     out = Path(options.render or options.out)
     if not options.render:
-        values = {key: options[key] for key in Plan.__dataclass_fields__}
-        budget = None if options.budget is None else str(options.budget)
-        precision = options.precision or "32-true"
-        run_benchmark(
-            Plan(**values | {"out": out, "budget": budget, "precision": precision}), partial(print, flush=True)
-        )
+        from zoo.benchmark import run_benchmark
+        from zoo.plan import Plan
+
+        plan = Plan(**{key: options[key] for key in Plan.__dataclass_fields__} | {"out": out})
+        plan.budget = None if options.budget is None else str(options.budget)
+        plan.precision = options.precision or "32-true"
+        run_benchmark(plan, partial(print, flush=True))
     if not launched()[0]:
         from zoo.report import render
 
@@ -364,6 +328,45 @@ def _data_options(parser: Any, preset: dict[str, Any]) -> None:
 
 def _data_values(options: Any) -> dict[str, Any]:
     return {key: options[key] for key in ("batch_size", "num_workers", "skip_broken")}
+
+
+def _benchmark_options(parser: Any) -> None:
+    parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
+    parser.add_argument("--out", type=str, default="zoo-benchmark", help="folder of records, models, tables and page")
+    parser.add_argument("--methods", type=str, nargs="+", default=list_methods(), help="ids; all of them by default")
+    parser.add_argument("--seeds", type=int, default=3, help="runs a method, with the seeds 0, 1, ...")
+    parser.add_argument(
+        "--preset",
+        type=str | None,
+        default=None,
+        help="as for fit; with mvtec_steps, methods that learn in one pass take paper224",
+    )
+    parser.add_argument(
+        "--budget",
+        type=int | str | None,
+        default=None,
+        help="optimiser steps of each method that takes steps, such as 300, or a share of its preset's, such as 10%",
+    )
+    parser.add_argument(
+        "--protocol", type=Literal["house", "paper"], default="house", help="halves, or all at 224 x 224; see evaluate"
+    )
+    parser.add_argument("--select", type=str, default="image_auroc", help="which step is kept; see fit")
+    parser.add_argument(
+        "--arguments",
+        type=dict[str, dict[str, Any]],
+        default={},
+        help='own arguments of methods, such as \'{"padim": {"dims": 100}}\'',
+    )
+    parser.add_argument("--batch-size", type=int | None, default=None, help="images a batch; null: the preset's")
+    parser.add_argument("--num-workers", type=int | None, default=None, help="decoding processes; null: as for fit")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read")
+    _run_options(parser, devices=True)
+    parser.add_argument(
+        "--figure-method", type=str | None, default=None, help="of Figure 1; null: the best by image ROC"
+    )
+    parser.add_argument(
+        "--render", type=str | None, default=None, help="only render this folder of an earlier benchmark"
+    )
 
 
 def _trainer_options(parser: Any, preset: dict[str, Any]) -> None:

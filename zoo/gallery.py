@@ -83,18 +83,14 @@ def _scored_again(
     """The named test images with their maps."""
     test = load_data(data)["test"]
     rows = [row for row, name in enumerate(test.with_format(None)["path"]) if name in names]
-    module = AnomalyDataModule(
-        DatasetDict(train=test.select([]), test=test.select(rows)), batch_size=1, num_workers=0, **view
-    )
-    for (part,) in module.test_dataloader():
+    module = AnomalyDataModule(DatasetDict(train=test.select([]), test=test), **view)
+    for part in map(module.test_image, rows):
         with model.autocast():
-            map = model(part.image.to(model.device)).map
+            found = model(part.image.to(model.device)).map
         image = part.image[0].movedim(0, -1).numpy()  # (H, W, C)
         truth = None if part.mask is None else part.mask[0, 0].numpy()
-        yield (
-            part.name[0],
-            Shown(image[..., 0] if image.shape[2] == 1 else image, truth, map[0, 0].float().cpu().numpy()),
-        )
+        image = image[..., 0] if image.shape[2] == 1 else image
+        yield part.name[0], Shown(image, truth, found[0, 0].float().cpu().numpy())
 
 
 def _tile(shown: Shown, model: AnomalyModule) -> np.ndarray:

@@ -34,21 +34,22 @@ STARRED = frozenset({"ganomaly", "fanogan", "iad_inpainting"})  # marked * in Ta
 ABOUT = (
     "How the paper's figures came about is known in part only. It says: training on 23,888 normal images, 224 x 224, "
     "half of the test set as a validation set for saving the best model. It does not say whether that half is "
-    "stratified, by which seed, whether Table 3 is on the whole test set or on the other half, nor how long the methods "
-    "were trained; its 1,274 normal test images are two more than the data set has, probably a misprint for 1,272. Its F1 is the "
-    "maximum over all thresholds on the evaluated images, an upper bound, as is ours under the same name. Which "
-    "code made Table 3 is not confirmed. In the authors' public library, as it was a week before the paper, there is no "
-    "such split, each metric keeps its own best epoch on the images that it is reported on, PRO is taken at 200 "
-    "thresholds with both axes stretched (our PRO dfr200, not our PRO), and several methods differ from their originals "
-    "(RD4AD on a ResNet18, STFPM learning from one layer, PatchCore's map rescaled by batch). These are possible "
-    "explanations and no more. The paper's PRO stands in the column of that name because it is called so; its recipe is "
-    "not stated. Rows marked * are copied by the paper from Huang et al. (ICIP 2021), whose threshold for F1 is "
-    "not known; RIAD has no row. A difference from ours is therefore no finding about a method by itself."
+    "stratified, by which seed, whether Table 3 is on the whole test set or on the other half, nor how long the "
+    "methods were trained; its 1,274 normal test images are two more than the data set has, probably a misprint for "
+    "1,272. Its F1 is the maximum over all thresholds on the evaluated images, an upper bound, as is ours under the "
+    "same name. Which code made Table 3 is not confirmed. In the authors' public library, as it was a week before the "
+    "paper, there is no such split, each metric keeps its own best epoch on the images that it is reported on, PRO is "
+    "taken at 200 thresholds with both axes stretched (our PRO dfr200, not our PRO), and several methods differ from "
+    "their originals (RD4AD on a ResNet18, STFPM learning from one layer, PatchCore's map rescaled by batch). These "
+    "are possible explanations and no more. The paper's PRO stands in the column of that name because it is called "
+    "so; its recipe is not stated. Rows marked * are copied by the paper from Huang et al. (ICIP 2021), whose "
+    "threshold for F1 is not known; RIAD has no row. A difference from ours is therefore no finding about a method by "
+    "itself."
 )
 
 
 def figures(data_name: str, method: str) -> dict[str, Any] | None:
-    """What the paper prints for a method: `source` and `metrics` as shares of 1; None on other data or without a row."""
+    """What the paper prints for a method: `source`, and `metrics` as shares of 1; None on other data, or for no row."""
     if data_name != DATA_NAME or method not in TABLE3:
         return None
     metrics = {key: round(value / 100, 6) for key, value in TABLE3[method].items()}

@@ -73,9 +73,7 @@ def _title(reading: str, index: dict[str, Any]) -> str:
     if common["protocol"] == "paper":
         title += " at 224 x 224, masks thresholded, then resized by nearest"
     if reading == "full" and selected:
-        title += (
-            f"; half of it chose the step of methods that take steps ({common['select']}), which makes these too good"
-        )
+        title += f"; half of it chose the step of methods that take steps ({common['select']}): too good"
     if reading == "held_out":
         title += ", which no choice of a step has seen"
     return title

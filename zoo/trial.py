@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +66,7 @@ def _alone(path: Path) -> Iterator[None]:
         with FileLock(path).acquire(timeout=PATIENCE):
             yield
     except Timeout:
-        raise ZooError(
-            "A process of an earlier benchmark still works on this run; try again when it is gone."
-        ) from None
+        raise ZooError("An earlier benchmark's process still works on this run; try again when it is gone.") from None
 
 
 def _fitted(job: dict[str, Any], out: Path, options: RunOptions) -> tuple[AnomalyModule, dict[str, Any]]:
@@ -101,10 +98,9 @@ def _view(job: dict[str, Any], model: AnomalyModule) -> dict[str, int | None]:
 @torch.inference_mode()
 def _cost(job: dict[str, Any], model: AnomalyModule, place: Path) -> dict[str, Any]:
     """Median milliseconds of scoring one image that is in memory, alone in its batch; and the size of the weights."""
-    module = AnomalyDataModule(
-        test_part(load_data(job["data"]), "full"), batch_size=1, num_workers=0, **_view(job, model)
-    )
-    images = [part.image.to(model.device) for (part,) in islice(module.test_dataloader(), TIMED)]
+    module = AnomalyDataModule(test_part(load_data(job["data"]), "full"), **_view(job, model))
+    rows = range(min(TIMED, len(module.test_set)))
+    images = [module.test_image(row).image.to(model.device) for row in rows]
     seconds = []
     for image in [*images[:WARMED], *images]:
         begin = time.perf_counter()
