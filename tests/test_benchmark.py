@@ -269,6 +269,46 @@ def test_a_run_that_was_fitted_is_not_fitted_again(bench, tmp_path):
     assert weights[0].stat().st_mtime_ns == weights[1].stat().st_mtime_ns
 
 
+def here(plan):
+    """All runs of a plan in this process, and what is rendered from them."""
+    index, jobs = jobs_of(plan)
+    (plan.out / "runs").mkdir(parents=True)
+    (plan.out / "benchmark.json").write_text(dump(index))
+    for job in jobs:
+        run(job)
+    render(plan.out)
+    with open(plan.out / "table3.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_papers_protocol(mvtec, tmp_path):
+    given = {"padim": SIZES["padim"]}
+    plan = Plan(str(mvtec), ["padim"], tmp_path / "out", 1, "lite", protocol="paper", arguments=given, device="cpu")
+    (row,) = here(plan)
+    record = records_of(plan.out)["padim-seed0"]
+    assert row["reading"] == "full" and record["eval_size"] == record["cost"]["image_size"] == [224, 224]
+    assert float(row["pixel_pro_dfr200_mean"]) == pytest.approx(
+        record["readings"]["full"]["metrics"]["pixel_pro_dfr200"], abs=1e-5
+    )
+    page = (plan.out / "index.html").read_text()
+    assert "Full test set at 224 x 224, masks thresholded" in page and "called" not in page
+    with Image.open(plan.out / "runs/padim-seed0/000.png") as picture:
+        assert picture.size == (2 * 192, 192)
+
+
+def test_images_without_masks_and_broken_ones(mvtec, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(mvtec, data, ignore=shutil.ignore_patterns("ground_truth"))
+    (data / "test/good/000.png").write_bytes(b"broken")
+    given = {"padim": SIZES["padim"]}
+    plan = Plan(str(data), ["padim"], tmp_path / "out", 1, "lite", arguments=given, device="cpu", skip_broken=True)
+    rows = here(plan)
+    assert [row["reading"] for row in rows] == ["held_out", "full"] and rows[1]["pixel_aupro_mean"] == ""
+    assert float(rows[1]["image_auroc_mean"]) > 0.5 and (plan.out / "figure1.png").is_file()
+    assert records_of(plan.out)["padim-seed0"]["readings"]["full"]["normal"] == 5
+    assert "PRO</th>" not in (plan.out / "index.html").read_text()
+
+
 def test_an_interrupt_ends_the_run_too(tmp_path):
     out = tmp_path / "out"
     launch = [sys.executable, "-m", "zoo.cli", *command(out, "stfpm", budget=2000)]

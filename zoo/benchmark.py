@@ -52,13 +52,17 @@ def run_benchmark(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str,
         done = len(jobs) - len(missing)
         before = f", {done} of them done before" if done else ""
         say(f"{len(jobs)} run{'s' * (len(jobs) > 1)} on {index['common']['data']['name']}{before}.")
+        say(f"What they tell is in {plan.out / 'logs'}.")
+        took: dict[str, float] = {}  # seconds of a method's last run
         for number, job in enumerate(missing, done + 1):
-            say(f"[{number} of {len(jobs)}] {job['method']}, seed {job['seed']} ...")
+            left = _time_left(took, [job["method"] for job in missing[number - done - 1 :]])
+            say(f"[{number} of {len(jobs)}] {job['method']}, seed {job['seed']}{left} ...")
             begin = time.monotonic()
             code = launcher.run(job, _log(plan.out, job["name"]))
+            took[job["method"]] = time.monotonic() - begin
             record = read_record(plan.out, job["name"])
             if is_done(record, job["key"]):
-                say(f"    image ROC {record['metrics']['image_auroc']:.4f} ({time.monotonic() - begin:.0f} s)")
+                say(f"    image ROC {record['metrics']['image_auroc']:.4f} ({took[job['method']]:.0f} s)")
             elif first:
                 reason = _reason(_log(plan.out, job["name"]), code, job)
                 failed = {"failed": reason, "method": job["method"], "seed": job["seed"]}
@@ -66,6 +70,14 @@ def run_benchmark(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str,
                 write_text(plan.out / "runs" / f"{job['name']}.json", dump(failed))
                 say(f"    failed: {reason}")
     return {job["name"]: read_record(plan.out, job["name"]) for job in jobs}
+
+
+def _time_left(took: dict[str, float], methods: Sequence[str]) -> str:
+    """What the runs to come will take, once each of their methods has run."""
+    if not set(methods) <= took.keys():
+        return ""
+    seconds = sum(took[method] for method in methods)
+    return f", about {seconds / 3600:.1f} h left" if seconds > 5400 else f", about {max(seconds / 60, 1):.0f} min left"
 
 
 def read_index(out: Path) -> dict[str, Any]:

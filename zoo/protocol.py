@@ -84,7 +84,7 @@ def _score(
     model: AnomalyModule, data: str, result: dict[str, Any], run: RunOptions, options: dict[str, Any], part: str
 ) -> _Scored:
     model.metrics = AnomalyMetrics()
-    record = evaluate(model, data, result, options, run, part)
+    record = evaluate(model, data, result, options, run, part=part)
     metrics = model.metrics.to(device_of(run.device))  # where processes can meet; a Trainer leaves it on the CPU
     return _Scored(metrics, record, {label: record["test_data"][label] for label in ("normal", "anomalous")})
 

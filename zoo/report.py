@@ -18,7 +18,7 @@ from zoo.methods import method_id
 GALLERY, FIGURE1 = "pictures.json", "figure1.png"  # as `zoo.gallery` writes them
 METRICS_NOTE = (
     "Figures are in percent, mean and standard deviation over seeds. F1 is the maximum over all thresholds, chosen on "
-    "the evaluated images themselves; F1 at val threshold takes the threshold that was best on the other half. PR is "
+    "the evaluated images themselves; F1 at val threshold takes the threshold that was best on the val half. PR is "
     "average precision. PRO is the exact area up to a false-positive rate of 0.3; PRO dfr200 is the recipe of 200 "
     "equally spaced thresholds with both axes stretched, for comparison with papers that use it. The time of an image "
     "is the median of images scored alone; a fit that went on after a stop is left out of fit s."
