@@ -109,13 +109,13 @@ def figure2(rows: Sequence[tuple[str, bool, dict[str, tuple[float, float | None]
                 color=COLOURS(0.35 + 0.4 * offset),
                 hatch=None if own else "//",
                 alpha=1 if own else 0.5,
-                label=label if own and f"{label}" not in axis.get_legend_handles_labels()[1] else None,
+                label=label if own and label not in axis.get_legend_handles_labels()[1] else None,
                 capsize=3,
             )
-    axis.set_xticks(range(len(rows)), [name.replace(", ", "\n", 1) for name, *_ in rows], rotation=40, ha="right")
+    axis.set_xticks(range(len(rows)), [name for name, *_ in rows], rotation=40, ha="right")
     axis.set_ylabel("F1 at its best threshold")
     axis.set_ylim(0, 1)
-    axis.legend()
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
     _save_figure(figure, path)
 
 

@@ -98,7 +98,7 @@ def _facts(index: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, st
 
 def _hardware(record: dict[str, Any]) -> str:
     found = record["hardware"]
-    where = found.get("gpu") or f"{found['processor']}, {found['cores']} threads"
+    where = found.get("gpu") or f"{found['processor']}, {found['cores']} thread{'s' * (found['cores'] > 1)}"
     return f"{where}, {record['processes']} process{'es' * (record['processes'] > 1)}, {record['precision']}"
 
 
@@ -125,7 +125,8 @@ def _figures(
     written = []
     bars = [row for row in rows if "image_f1_max" in row.values]
     if bars:
-        plots.figure2([(row.label, row.source == summary.OURS, row.values) for row in bars], out / "figure2.png")
+        named = [(row.label.replace(f", {row.source}", "\nthe paper's"), row.source == summary.OURS) for row in bars]
+        plots.figure2([(*name, row.values) for name, row in zip(named, bars, strict=True)], out / "figure2.png")
         written.append(out / "figure2.png")
     drawn = [
         path
