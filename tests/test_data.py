@@ -217,8 +217,8 @@ def test_preset_original_crops_image_and_mask(mvtec):
 
 
 def test_unknown_specifications_list_the_forms():
-    for spec in ("hub:org/name", "miic:/data"):
-        with pytest.raises(ZooError, match="synthetic"):
+    for spec in ("hug:org/name", "mic:/data", "miic:", "hub:"):
+        with pytest.raises(ZooError, match=r"synthetic.*miic:DIR.*hub:ORG/NAME.*path"):
             check_data(spec)
 
 

@@ -415,3 +415,21 @@ def test_one_that_comes_just_too_late_takes_what_is_there(mvtec, tmp_path, monke
     assert prepare(mvtec, "--size", 48, "--out", place) == 0
     assert capsys.readouterr().out.count("Stored 42 images") == 2
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
+
+
+def test_defects_that_vanish_are_counted_and_stay(tmp_path, capsys):
+    """Of 96 pixels 32 are looked at, those in the middle of three."""
+    data = tmp_path / "data"
+    for folder in ("good", "bad", "masks"):
+        (data / folder).mkdir(parents=True)
+    for name in ("good/a.png", "good/b.png", "bad/c.png", "bad/d.png"):
+        Image.fromarray(np.zeros((96, 96), np.uint8)).save(data / name)
+    for name, at in (("c", 48), ("d", 49)):
+        mask = np.zeros((96, 96), np.uint8)
+        mask[at, 49] = 255
+        Image.fromarray(mask).save(data / "masks" / f"{name}.png")
+    assert prepare(data, "--size", 32, "--out", tmp_path / "store") == 0
+    assert "1 defects are too small" in capsys.readouterr().out
+    rows = {row["path"]: row for row in load_data(str(tmp_path / "store"))["test"]}
+    assert rows["bad/c.png"]["label"] == rows["bad/d.png"]["label"] == 1
+    assert not rows["bad/c.png"]["mask"].any() and rows["bad/d.png"]["mask"].sum() == 1

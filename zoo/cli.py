@@ -13,6 +13,7 @@ from typing import Any, Literal
 from zoo import checkpoint, hub
 from zoo.cards import METRICS
 from zoo.data import FORMS, check_data
+from zoo.data.export import export_data
 from zoo.data.prepare import prepare_data
 from zoo.errors import ZooError
 from zoo.inference import find_images, predict_files
@@ -28,7 +29,8 @@ USAGE = """usage: zoo COMMAND [--help]
   zoo evaluate NAME --data DATA
   zoo predict NAME PATH... --out DIR   heatmaps, masks, CSV and JSON
   zoo benchmark --data DATA            all methods, three seeds: Table 3, Figures 1 and 2, a page
-  zoo data prepare DATA                decode, verify, store at the working size
+  zoo data prepare DATA                unpack, decode, verify, store at the working size
+  zoo data export DATA --out FOLDER    parquet files, as a hub data set has them
 """
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -194,9 +196,17 @@ def evaluate(argv: list[str]) -> None:
         help="house: held-out half, full test set and last step, with F1 at a threshold of the other half; paper: all "
         "at 224 x 224; null: what a selection has not seen",
     )
+    parser.add_argument("--scores", type=str | None, default=None, help="file of per-image scores, .csv or .parquet")
+    parser.add_argument(
+        "--bootstrap", type=int, default=1000, help="draws of test images for 95 %% intervals of the metrics; 0: none"
+    )
     _data_options(parser, {})
     _run_options(parser, precision=None, devices=True)
     options = _parse(parser, argv)
+    if options.scores and Path(options.scores).suffix not in (".csv", ".parquet"):
+        raise ZooError(f"--scores is a file that ends in .csv or .parquet, not {options.scores}.")
+    if options.bootstrap < 0 or options.bootstrap == 1:
+        raise ZooError(f"--bootstrap is 0 or at least 2 draws, not {options.bootstrap}.")
     folder = hub.find_model(options.name)
     checkpoint.read_config(folder)
     if not options.data:
@@ -212,10 +222,14 @@ def evaluate(argv: list[str]) -> None:
     arguments = (model, options.data, before, _data_values(options), _run(options, model.precision))
     if options.protocol == "house":
         protocol.load_last_weights(model, folder)
-    by_protocol = options.protocol is not None
-    record = protocol.evaluate_by(options.protocol, *arguments) if by_protocol else runs.evaluate(*arguments)
+    if options.protocol:
+        record = protocol.evaluate_by(options.protocol, *arguments, bootstrap=options.bootstrap)
+    else:
+        record = runs.evaluate(*arguments, options.bootstrap)
     if not launched()[0]:
         runs.store_evaluation(folder, model, record)
+        if options.scores:
+            runs.write_scores(Path(options.scores), model)
     if before.get("test_data", record["test_data"])["name"] != record["test_data"]["name"]:
         print(f"These figures replace those on {before['test_data']['name']}.")
     console().print(metric_table(record))
@@ -274,17 +288,26 @@ def benchmark(argv: list[str]) -> None:
 
 
 def data(argv: list[str]) -> None:
-    if argv and argv[0] != "prepare" and not argv[0].startswith("-"):
-        raise ZooError(f"There is no command zoo data {argv[0]}; did you mean zoo data prepare?")
+    commands = {"prepare": data_prepare, "export": data_export}
+    if not argv or argv[0] in ("-h", "--help"):
+        print("".join(line for line in USAGE.splitlines(keepends=True) if "zoo data" in line), end="")
+        return
+    if argv[0] not in commands:
+        near = difflib.get_close_matches(argv[0], commands, n=1) or ["prepare"]
+        raise ZooError(f"There is no command zoo data {argv[0]}; did you mean zoo data {near[0]}?")
+    commands[argv[0]](argv[1:])
+
+
+def data_prepare(argv: list[str]) -> None:
     parser = _parser("data prepare", "Decode a data set once, check it and store it grey at the working size.")
-    parser.add_argument("data", help=FORMS)
+    parser.add_argument("data", help=f"{FORMS}; MIIC's archives are unpacked")
     parser.add_argument(
         "--size", type=int | list[int], default=224, help="side of the stored images, or [height, width]"
     )
     parser.add_argument("--out", type=str | None, default=None, help="folder of the store; null: under $ZOO_HOME")
     parser.add_argument("--num-workers", type=int | None, default=None, help="threads; null: one a core")
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read and list them")
-    options = _parse(parser, argv[1:] if argv[:1] == ["prepare"] else argv)
+    options = _parse(parser, argv)
     size = (options.size, options.size) if isinstance(options.size, int) else tuple(options.size)
     if len(size) != 2 or min(size) < 32:
         raise ZooError(f"--size is one number or [height, width] of at least 32 pixels, not {options.size}.")
@@ -292,6 +315,22 @@ def data(argv: list[str]) -> None:
     if workers < 0:
         raise ZooError("--num-workers is at least 0.")
     prepare_data(options.data, size, options.out, workers, options.skip_broken, sys.stderr.isatty())
+
+
+def data_export(argv: list[str]) -> None:
+    parser = _parser("data export", "Write a data set as parquet files with a card, as the hub has them.")
+    parser.add_argument("data", help=FORMS)
+    parser.add_argument("--out", type=str | None, default=None, help="folder to write, which is DATA as well")
+    parser.add_argument("--push", type=str | None, default=None, help="upload it to the repository ORG/NAME too")
+    parser.add_argument("--private", type=bool, default=True, help="whether that repository is private")
+    parser.add_argument(
+        "--i-have-the-right-to-share", action="store_true", help="needed by --push: the set's terms allow you to"
+    )
+    options = _parse(parser, argv)
+    if not options.out:
+        raise ZooError(f"zoo data export needs --out: zoo data export {options.data} --out FOLDER.")
+    allowed = options.i_have_the_right_to_share
+    export_data(options.data, options.out, options.push, options.private, allowed, sys.stderr.isatty())
 
 
 COMMANDS = {

@@ -25,10 +25,12 @@ from zoo.cards import render_card
 from zoo.data import DataSpec, check_data, load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import SEED, test_part, validation_half
+from zoo.data.terms import terms_of
 from zoo.errors import ZooError
 from zoo.estimate import Estimate, estimate
 from zoo.methods import create_model, method_id, presets, signature
 from zoo.metrics import ranking
+from zoo.metrics.bootstrap import intervals
 from zoo.module import AnomalyModule
 from zoo.nn.features import weights_at_hand
 from zoo.ranks import launched
@@ -116,6 +118,9 @@ def fit(
     spec = check_data(data)
     if not spec.counts["train"][0]:
         raise ZooError(f"--data {data} has no normal images to fit on; put some into train/good or good.")
+    if own := spec.pairs if _takes_pairs(method) and not arguments.get("inpainting_pairs") else None:
+        arguments = arguments | {"inpainting_pairs": str(own)}
+        run.say(f"What to paint over is learned from the pairs of {spec.name}, in {own.name}.")
     model = create_model(method, preset, **arguments)
     model.precision = run.precision
     options = DataOptions(**(presets(method, preset).get("data", {}) | (data_options or {})))
@@ -164,7 +169,8 @@ def fit(
         "train_data": _described(spec)
         | {"images": module.num_train_images - defects, "defects": defects}
         | {"held_out": len(heldout), "broken": len(module.broken)}
-        | model.further_sources(),
+        | model.further_sources()
+        | ({"pairs_of": spec.name} if own else {}),
         "seconds": seconds,
         "peak_memory_mb": record.peak_memory_mb(),
         **record.peak_device_memory(trainer.strategy.root_device),
@@ -198,6 +204,7 @@ def evaluate(
     result: dict[str, Any] | None = None,
     data_options: dict[str, Any] | None = None,
     run: RunOptions | None = None,
+    bootstrap: int = 0,
     part: str | None = None,
 ) -> dict[str, Any]:
     """Score the test split at the images' own size.
@@ -207,6 +214,7 @@ def evaluate(
         data: DATA specification.
         result: the fit's record, which the figures are added to.
         data_options: fields of `DataOptions`.
+        bootstrap: how often the test images are drawn anew, for `intervals` of the metrics (`zoo.metrics.bootstrap`).
         part: of the test split: `val`, `held_out` (halves) or `full`; None takes what a selection has not seen.
 
     Returns:
@@ -239,12 +247,16 @@ def evaluate(
     with _quiet():
         trainer = _trainer(run)
         others = _by_other_scores(model, trainer, module)
+        model.tables = [] if bootstrap else None
         (metrics,) = trainer.test(model, datamodule=module, verbose=False)
     anomalous = sum(label for _, label, _ in model.scored)
     _say_broken(module, run)
+    ends = _intervals(model, metrics, bootstrap) if bootstrap else {}
+    result = {key: value for key, value in result.items() if key != "intervals"}  # of an evaluation before
     return result | {
         "method": model.method,
         "metrics": {key: round(value, 6) for key, value in metrics.items()},
+        **ends,
         **({"score": model.hparams.score, "other_scores": others} if others else {}),
         "test_data": _described(spec)
         | {"normal": len(model.scored) - anomalous, "anomalous": anomalous, "broken": len(module.broken)}
@@ -259,6 +271,15 @@ def evaluate(
             **record.environment(trainer.strategy.root_device),
         },
     }
+
+
+def _intervals(model: AnomalyModule, metrics: dict[str, float], replicates: int) -> dict[str, Any]:
+    """Of the last test, for the record."""
+    tables, model.tables = model.tables, None
+    _, labels, scores = zip(*model.scored, strict=True)
+    found = intervals(labels, scores, tables if "pixel_auroc" in metrics else None, replicates)
+    about = {"level": 0.95, "draws": replicates, "seed": 0, "drawn": "images, class by class, with replacement"}
+    return {"intervals": about | {"metrics": {key: [round(end, 6) for end in found[key]] for key in metrics}}}
 
 
 def _by_other_scores(
@@ -279,10 +300,32 @@ def _by_other_scores(
     return found
 
 
-def store_evaluation(folder: Any, model: AnomalyModule, result: dict[str, Any]) -> None:
+def write_scores(path: Path, model: AnomalyModule) -> None:
+    """The per-image scores of the last evaluation: image, label (1 anomalous), score; a file .csv or .parquet.
+
+    Raises:
+        ZooError: it can't be written.
+    """
+    columns = ["image", "label", "score"]
+    if path.suffix == ".csv":
+        checkpoint.write_text(path, checkpoint.csv_text(columns, model.scored))
+        return
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table(dict(zip(columns, map(list, zip(*model.scored, strict=True)), strict=True)))
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(table, temporary)
+        temporary.replace(path)
+    except OSError as error:
+        raise ZooError(f"{path} could not be written ({error}).") from error
+
+
+def store_evaluation(folder: Path, model: AnomalyModule, result: dict[str, Any]) -> None:
     """Put an evaluation's record, card and per-image scores into the model's folder."""
-    scores = checkpoint.csv_text(["image", "label", "score"], model.scored)
-    checkpoint.write_text(folder / "private" / "scores.csv", scores)
+    write_scores(folder / "private" / "scores.csv", model)
     checkpoint.write_text(folder / checkpoint.CARD, render_card(model.config(), result))
     checkpoint.write_text(folder / checkpoint.RECORD, checkpoint.dump(result))
 
@@ -328,8 +371,13 @@ def _say_broken(module: AnomalyDataModule, run: RunOptions) -> None:
         run.say(f"Left out {name}: {reason}")
 
 
+def _takes_pairs(method: str) -> bool:
+    return "inpainting_pairs" in signature(method)
+
+
 def _described(spec: DataSpec) -> dict[str, Any]:
-    return {"name": spec.name, "fingerprint": spec.fingerprint}
+    terms = terms_of(spec.name)
+    return {"name": spec.name, "fingerprint": spec.fingerprint} | ({"terms": terms} if terms else {})
 
 
 def _announce(

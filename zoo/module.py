@@ -15,6 +15,7 @@ from zoo.errors import ZooError
 from zoo.image import read_image, resize, to_tensor
 from zoo.learning import Batch, LearningModule
 from zoo.metrics import AnomalyMetrics
+from zoo.metrics.bootstrap import image_tables
 
 
 class Scores(NamedTuple):
@@ -76,6 +77,7 @@ class AnomalyModule(LearningModule):
         self.view: dict[str, int | None] = {"resize": None, "crop": None}  # of the data module, in preset original
         self.metrics = AnomalyMetrics()
         self.scored: list[tuple[str, int, float]] = []  # (name, label, score) of the last validation or test
+        self.tables: list[np.ndarray] | None = None  # of its images' pixels, where somebody asks for them by a list
 
     # ---- images in -------------------------------------------------------------------------------------------------
 
@@ -92,6 +94,7 @@ class AnomalyModule(LearningModule):
     def on_validation_epoch_start(self) -> None:
         self.metrics.reset()
         self.scored = []
+        self.tables = None if self.tables is None else []
 
     @property
     def is_fitted(self) -> bool:
@@ -105,10 +108,13 @@ class AnomalyModule(LearningModule):
             scores = self(part.image, part.roi)
             self.metrics.update(scores.image, scores.map, part.label, part.mask, part.roi)
             self.scored += zip(part.name, part.label.tolist(), scores.image.tolist(), strict=True)
+            if self.tables is not None:
+                self.tables += image_tables(scores.map, part.mask, part.roi)
 
     def on_validation_epoch_end(self) -> None:
         if self.is_fitted and not self.trainer.sanity_checking:
             self.scored = ranks.gather_list(self.scored)
+            self.tables = None if self.tables is None else ranks.gather_list(self.tables)
             self.log_dict(self.metrics.compute())  # the same in all processes: the tables were merged
 
     def on_test_epoch_start(self) -> None:

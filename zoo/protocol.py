@@ -32,6 +32,7 @@ def evaluate_by(
     result: dict[str, Any] | None = None,
     data_options: dict[str, Any] | None = None,
     run: RunOptions | None = None,
+    bootstrap: int = 0,
 ) -> dict[str, Any]:
     """Score the test split by a protocol.
 
@@ -41,6 +42,7 @@ def evaluate_by(
         data: DATA specification.
         result: the fit's record, which the figures are added to.
         data_options: fields of `zoo.fit.DataOptions`.
+        bootstrap: draws of the test images of the part that counts, for intervals of its metrics; see `evaluate`.
 
     Returns:
         The record of `zoo.fit.evaluate` on the part that counts (`held_out`; `full` for the paper), with `protocol` and
@@ -53,11 +55,11 @@ def evaluate_by(
     run = run or RunOptions(precision=model.precision)
     score = partial(_score, model, data, dict(result or {}), run)
     if protocol == "paper":
-        full = score(dict(data_options or {}) | {"resize": PAPER_SIZE, "crop": None}, "full")
+        full = score(dict(data_options or {}) | {"resize": PAPER_SIZE, "crop": None}, "full", bootstrap)
         about = f"full test set at {PAPER_SIZE} x {PAPER_SIZE}"
         about += ", half of which chose the step: too good" if _chosen_here(model, data) else ""
         return full.record | {"protocol": {"name": "paper"}, "readings": {"full": _reading(about, full, {})}}
-    return _house(model, data, partial(score, dict(data_options or {})))
+    return _house(model, data, partial(score, dict(data_options or {})), bootstrap)
 
 
 def load_last_weights(model: AnomalyModule, folder: Path) -> None:
@@ -81,10 +83,16 @@ class _Scored(NamedTuple):
 
 
 def _score(
-    model: AnomalyModule, data: str, result: dict[str, Any], run: RunOptions, options: dict[str, Any], part: str
+    model: AnomalyModule,
+    data: str,
+    result: dict[str, Any],
+    run: RunOptions,
+    options: dict[str, Any],
+    part: str,
+    bootstrap: int = 0,
 ) -> _Scored:
     model.metrics = AnomalyMetrics()
-    record = evaluate(model, data, result, options, run, part=part)
+    record = evaluate(model, data, result, options, run, bootstrap, part)
     metrics = model.metrics.to(device_of(run.device))  # where processes can meet; a Trainer leaves it on the CPU
     return _Scored(metrics, record, {label: record["test_data"][label] for label in ("normal", "anomalous")})
 
@@ -94,7 +102,7 @@ def _reading(about: str, part: _Scored, thresholds: dict[str, float]) -> dict[st
     return {"about": about, **part.counts, "metrics": {key: round(value, 6) for key, value in metrics.items()}}
 
 
-def _house(model: AnomalyModule, data: str, score: Callable[[str], _Scored]) -> dict[str, Any]:
+def _house(model: AnomalyModule, data: str, score: Callable[..., _Scored], bootstrap: int) -> dict[str, Any]:
     """The record of the held-out half with all readings; the model's `scored` are those of that half."""
     val = score("val")
     thresholds = val.metrics.thresholds()
@@ -105,7 +113,7 @@ def _house(model: AnomalyModule, data: str, score: Callable[[str], _Scored]) -> 
             last = score("held_out")
         finally:
             exchange(model, model.last_weights)
-    held_out = score("held_out")
+    held_out = score("held_out", bootstrap)
     val.metrics.merge_state(held_out.metrics)
     full = _Scored(val.metrics, held_out.record, {k: val.counts[k] + n for k, n in held_out.counts.items()})
     chosen = _chosen_here(model, data)

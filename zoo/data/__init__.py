@@ -9,14 +9,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zoo.data import folder, store, synthetic
+from zoo.data import folder, miic_layout, parquet, store, synthetic
+from zoo.data.terms import show_terms
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
 SYNTHETIC_VERSION = 4  # to be raised when the generator draws other images from the same options
-FORMS = "synthetic[:k=v,...] or a path to a folder (of images, or prepared)"
+FORMS = "synthetic[:k=v,...], miic:DIR, hub:ORG/NAME[@REV], or a path to a folder (of images, prepared, or exported)"
+RESERVED = ("miic", "miic-replica")  # names in records that no folder of other images may have
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,23 @@ class DataSpec:
     """A checked specification; the images are not opened yet.
 
     Attributes:
-        name: as it may be published: the specification, or a folder's own name without its place.
-        fingerprint: SHA-256 over names, labels and sizes (or the options of a generator).
+        kind: synthetic, miic, hub, store, parquet or folder.
+        name: as it may be published: the specification, "miic", or a folder's own name without its place.
+        fingerprint: SHA-256 over names, labels and sizes (or the options of a generator), the same on each machine.
         counts: images by split and label: {"train": [normal, anomalous], "test": [...]}.
-        origin: fingerprint of what a store was prepared from; else the same as `fingerprint`.
+        options: of the generator, or `repo` and `revision` (a commit) of the hub.
+        origin: fingerprint of what a store or an export was made from; else the same as `fingerprint`.
+        pairs: folder of the set's own pairs of abnormal and clean images, where it has some.
     """
 
+    kind: str
     name: str
     fingerprint: str
     counts: dict[str, list[int]]
-    options: dict[str, Any] | None
-    path: Path | None
+    options: dict[str, Any] | None = None
+    path: Path | None = None
     source: str | None = None
+    pairs: Path | None = None
 
     @property
     def origin(self) -> str:
@@ -46,37 +53,78 @@ def check_data(spec: str) -> DataSpec:
     """Check a DATA specification as far as that goes without opening an image; imports neither torch nor datasets.
 
     Raises:
-        ZooError: no such folder, no known layout, an unknown option, a missing mask, each named.
+        ZooError: no such folder or repository, no known layout, an unknown option, a missing mask, each named.
     """
     kind, _, rest = spec.partition(":")
     if kind == "synthetic":
-        options = synthetic.DEFAULTS | synthetic.parse_options(rest)
-        text = json.dumps([SYNTHETIC_VERSION, options], sort_keys=True)
-        defects = options["defect"]
-        counts = {"train": [options["train"], options["train_defect"]], "test": [options["good"], defects]}
-        return DataSpec(spec, hashlib.sha256(text.encode()).hexdigest(), counts, options, None)
-    if kind in ("miic", "hub") and not Path(spec).exists():
-        raise ZooError(f"--data {spec}: this version reads {FORMS}.")
+        return _check_synthetic(spec, rest)
+    if kind == "miic" and not Path(spec).exists():
+        layout = miic_layout.scan(_needed(rest, "miic:DIR"))
+        identity, counts = folder.fingerprint(layout.splits), _counts(layout.splits)
+        return DataSpec("miic", layout.name, identity, counts, path=layout.root, pairs=layout.pairs)
+    if kind == "hub" and not Path(spec).exists():
+        repo, revision = parquet.parse_repo(_needed(rest, "hub:ORG/NAME"))
+        place = parquet.fetch(repo, revision, whole=False)
+        return _check_parquet("hub", place, {"repo": repo, "revision": place.name})
     path = Path(spec).expanduser()
     if (path / store.INDEX).is_file():
         index = store.read_index(path)
-        return DataSpec(
-            index["name"], index["fingerprint"], index["counts"], None, path, index["source"]["fingerprint"]
-        )
+        source = index["source"]["fingerprint"]
+        return DataSpec("store", index["name"], index["fingerprint"], index["counts"], path=path, source=source)
+    if (path / parquet.INDEX).is_file():
+        return _check_parquet("parquet", path, None)
+    if ":" in spec and not path.exists():
+        raise ZooError(f"There is no data {spec}; DATA is {FORMS}.")
     splits = folder.scan(path)
-    counts = {
-        split: [sum(item.label == label for item in items) for label in (0, 1)] for split, items in splits.items()
-    }
-    return DataSpec(path.resolve().name, folder.fingerprint(splits), counts, None, path)
+    name = path.resolve().name
+    name = f"folder {name}" if name in RESERVED else name
+    return DataSpec("folder", name, folder.fingerprint(splits), _counts(splits), path=path)
 
 
 def load_data(spec: str | DataSpec) -> "DatasetDict":
     """The `datasets.DatasetDict` of a DATA specification; images stay where they are until they are read.
 
     Raises:
-        ZooError: as `check_data`.
+        ZooError: as `check_data`; masks of MIIC whose polarity is unclear, a damaged file of parquet.
     """
     spec = check_data(spec) if isinstance(spec, str) else spec
-    if spec.path is None:
+    show_terms(spec.name)  # of a copy, a store or an export too
+    if spec.kind == "synthetic":
         return synthetic.load_synthetic(**spec.options)
-    return store.load_store(spec.path) if (spec.path / store.INDEX).is_file() else folder.load_folder(spec.path)
+    if spec.kind == "miic":
+        from zoo.data.miic import load_miic
+
+        return load_miic(spec.path)
+    if spec.kind in ("hub", "parquet"):
+        return parquet.load_parquet(parquet.fetch(**spec.options, whole=True) if spec.kind == "hub" else spec.path)
+    return store.load_store(spec.path) if spec.kind == "store" else folder.load_folder(spec.path)
+
+
+def files_digest(spec: DataSpec) -> str | None:
+    """A digest of the times of a data set's files, on this machine alone; None where it isn't files of images."""
+    if spec.kind == "miic":
+        return folder.files_digest(miic_layout.scan(spec.path).splits)
+    return folder.files_digest(folder.scan(spec.path)) if spec.kind == "folder" else None
+
+
+def _check_synthetic(spec: str, rest: str) -> DataSpec:
+    options = synthetic.DEFAULTS | synthetic.parse_options(rest)
+    text = json.dumps([SYNTHETIC_VERSION, options], sort_keys=True)
+    counts = {"train": [options["train"], options["train_defect"]], "test": [options["good"], options["defect"]]}
+    return DataSpec("synthetic", spec, hashlib.sha256(text.encode()).hexdigest(), counts, options)
+
+
+def _check_parquet(kind: str, place: Path, options: dict[str, Any] | None) -> DataSpec:
+    index = parquet.read_index(place)
+    identity, source = parquet.fingerprint(index), index["fingerprint"]
+    return DataSpec(kind, index["name"], identity, index["counts"], options, place, source)
+
+
+def _counts(splits: dict[str, list[folder.Item]]) -> dict[str, list[int]]:
+    return {split: [sum(item.label == label for item in items) for label in (0, 1)] for split, items in splits.items()}
+
+
+def _needed(rest: str, form: str) -> str:
+    if not rest:
+        raise ZooError(f"--data {form.partition(':')[0]}: names nothing; write {form}. DATA is {FORMS}.")
+    return rest

@@ -194,6 +194,8 @@ def _scan_flat(root: Path) -> dict[str, list[Item]]:
     miic = root.parent if root.name == "Anomaly_train" else root
     if (miic / "Anomaly_train").is_dir():
         raise ZooError(f"{root} is of the MIIC data set, where normals and defects share a folder; use miic:{miic}")
+    if (root / "Anomaly_train.rar").is_file():
+        raise ZooError(f"{root} holds the archives of MIIC; unpack them: zoo data prepare miic:{root}")
     normals = [_normal(root, name) for name in _images(root, deep=False)]
     folders = _folders(root)
     found = next(filter(None, (_first_image(root, folder) for folder in folders)), None)

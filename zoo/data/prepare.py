@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from zoo import hub
-from zoo.data import check_data, folder, load_data, store, store_writer
+from zoo.data import archives, check_data, files_digest, load_data, store, store_writer
+from zoo.data.miic_layout import FOLDERS
 from zoo.errors import ZooError
 
 
@@ -25,11 +26,13 @@ def prepare_data(
     Raises:
         ZooError: another thing lies there, a mount point, or as `zoo.data.store_writer.prepare`.
     """
+    kind, _, folder = data.partition(":")
+    if kind == "miic":
+        archives.unpack(Path(os.path.abspath(Path(folder).expanduser())), FOLDERS, print)
     spec = check_data(data)
-    if spec.path is not None and (spec.path / store.INDEX).is_file():
+    if spec.kind == "store":
         raise ZooError(f"{data} is prepared already; use it as --data {data}.")
-    files = None if spec.path is None else folder.files_digest(folder.scan(spec.path))
-    source = {"name": spec.name, "fingerprint": spec.fingerprint, "counts": spec.counts, "files": files}
+    source = {"name": spec.name, "fingerprint": spec.origin, "counts": spec.counts, "files": files_digest(spec)}
     place = Path(out).expanduser() if out else hub.store_place(spec.name, spec.fingerprint, size)
     place = Path(os.path.realpath(place))  # a link stays one, whatever it leads to
     shape = size[0] if size[0] == size[1] else str(list(size)).replace(" ", "")
@@ -57,6 +60,8 @@ def prepare_data(
     _print_left_out(index)
     if colour := sum(block["colour"] for split in store.SPLITS for block in index["blocks"][split]):
         print(f"{colour:,} images are in colour; the store keeps the mean of their channels.")
+    if emptied := sum(block.get("emptied", 0) for block in store.blocks_of(index)):
+        print(f"{emptied:,} defects are too small to be seen in their masks at this size; their images stay anomalous.")
     kept = sum(map(sum, index["counts"].values()))
     print(f"Stored {kept:,} images in {place}.\n{following}")
     return place

@@ -201,13 +201,14 @@ def _finished(stem: Path, skip_broken: bool) -> dict[str, Any] | None:
 
 def _write_block(stem: Path, decoded: Iterable[tuple]) -> dict[str, Any]:
     images, masks, sha256 = [], [], {}
-    block: dict[str, Any] = {"paths": [], "labels": [], "masks": [], "broken": [], "colour": 0}
+    block: dict[str, Any] = {"paths": [], "labels": [], "masks": [], "broken": [], "colour": 0, "emptied": 0}
     for path, label, found in decoded:
         if isinstance(found, str):
             block["broken"].append([path, found])
             continue
-        image, mask, colour = found
+        image, mask, colour, emptied = found
         block["colour"] += colour
+        block["emptied"] += emptied
         block["paths"].append(path)
         block["labels"].append(label)
         block["masks"].append(None if mask is None else len(masks))
@@ -240,7 +241,7 @@ def _save(path: Path, arrays: list[np.ndarray]) -> str:
 
 
 def _decoded(rows: datasets.Dataset, size: tuple[int, int], workers: int, skip_broken: bool) -> Iterator[tuple]:
-    """(path, label, (image, mask, is colour) or the reason why it can't be read), in order.
+    """(path, label, what `_shrink` makes of it or the reason why it can't be read), in order.
 
     Threads suffice: decoding and products of matrices let go of Python's lock, and nothing is copied between processes.
     """
@@ -275,7 +276,7 @@ def _decode(rows: datasets.Dataset, chunk: range, size: tuple[int, int], skip_br
 
 
 def _shrink(array: np.ndarray, mask: np.ndarray | None, name: str, size: tuple[int, int]) -> tuple:
-    """Image and mask at the working size, and whether there was colour."""
+    """Image and mask at the working size, whether there was colour, and whether a defect got lost between pixels."""
     from zoo.image import to_tensor
 
     deep = array.dtype != np.uint8
@@ -287,10 +288,12 @@ def _shrink(array: np.ndarray, mask: np.ndarray | None, name: str, size: tuple[i
         array = array.mean(2) if colour else array[..., 0]
     grey = resize_grey(array.astype(np.float32), size)
     grey = np.rint(grey, out=grey).astype(np.uint16 if deep else np.uint8, order="C")
+    emptied = False
     if mask is not None:  # (H, W) -> (h, w), nearest
         rows, columns = (((np.arange(n) + 0.5) * m / n).astype(int) for n, m in zip(size, mask.shape, strict=True))
-        mask = mask[rows[:, None], columns]
-    return grey, mask, colour
+        small = mask[rows[:, None], columns]
+        mask, emptied = small, bool(mask.any() and not small.any())
+    return grey, mask, colour, emptied
 
 
 def resize_grey(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:

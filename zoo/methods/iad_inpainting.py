@@ -21,13 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.image import EXTENSIONS, read_image, to_tensor
+from zoo.image import read_image, to_tensor
 from zoo.module import AnomalyModule, Batch, Scores
 from zoo.nn.dcgan import Decoder, Encoder, adversarial_loss, halvings, is_power_of_two
 from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
 from zoo.nn.perlin import perlin_noise
 from zoo.nn.seed import seeded
-from zoo.nn.similarity import msgms_map, ssim_distances, unit
+from zoo.nn.similarity import RESIDUALS, ssim_distances, unit
+from zoo.pairs import abnormal_and_clean
 
 KINDS = ("rectangle", "stroke", "patch", "shift", "perlin")
 EXTENT = (1 / 32, 1 / 4)  # sides of rectangles and patches, as shares of the image's
@@ -235,19 +236,6 @@ class IADInpainting(AnomalyModule):
         return rebuilt, (code.float() - self.encoder(rebuilt).float()).square().mean(dim=(1, 2, 3))
 
 
-def absolute(images: Tensor, others: Tensor) -> Tensor:
-    """|x - y| of images (B, C, S, S), mean over the channels: (B, 1, S, S)."""
-    return (images - others).abs().mean(1, keepdim=True)
-
-
-def structure(images: Tensor, others: Tensor) -> Tensor:
-    """1 - SSIM of images (B, C, S, S) in [0, 1], mean over the channels: (B, 1, S, S)."""
-    return ssim_distances(images, others).mean(1, keepdim=True)
-
-
-RESIDUALS = {"absolute": absolute, "structure": structure, "gradient": msgms_map}
-
-
 def corrupt(x: Tensor, kinds: list[str]) -> Tensor:
     """Images (B, C, S, S) in [-1, 1], each with something of one kind on it that is not as it should be."""
     count, device = len(x), x.device
@@ -324,8 +312,6 @@ def find_pairs(folder: Path) -> list[tuple[Path, Path]]:
     """
     if not folder.is_dir():
         raise ZooError(f"--inpainting-pairs {folder} is not a folder; give one of pairs of images.")
-    files = {path.name: path for path in sorted(folder.glob("*")) if path.suffix.lower() in EXTENSIONS}
-    clean = {name: name.replace("abnormal", "normal") for name in files if "abnormal" in name}
-    if not any(normal in files for normal in clean.values()):
+    if not (pairs := abnormal_and_clean(folder)):
         raise ZooError(f"--inpainting-pairs {folder} has no pair such as train_abnormal_1.jpg and train_normal_1.jpg.")
-    return [(files[abnormal], files[normal]) for abnormal, normal in clean.items() if normal in files]
+    return pairs

@@ -13,7 +13,7 @@ stop early by the loss of held-out normals: preset `original` keeps, of ten step
 """
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from zoo.module import AnomalyModule, Batch, Scores
 from zoo.nn.maps import masked_to_roi, resize_map
 from zoo.nn.precision import full_precision
 from zoo.nn.seed import seeded
-from zoo.nn.similarity import msgms_loss, msgms_map, ssim_distances, unit
+from zoo.nn.similarity import RESIDUALS, msgms_loss, ssim_distances, unit
 
 SMALLEST = 16  # pixels a side of the smallest image that the U-Net can halve four times
 
@@ -36,9 +36,9 @@ PRESETS = {
     },
     "paper224": {"data": {"batch_size": 4}, "trainer": {"max_epochs": 300}},
     "lite": {
-        "model": {"input_size": 128, "width": 8, "cells": [4, 8], "lr": 4e-3, "window": 11},
+        "model": {"input_size": 128, "width": 16, "cells": [2, 4], "lr": 3e-3, "residual": "absolute", "window": 5},
         "data": {"batch_size": 1},  # many small steps: each image has thousands of hidden pixels
-        "trainer": {"max_steps": 800},
+        "trainer": {"max_steps": 2400},
     },
 }
 
@@ -58,6 +58,7 @@ class RIAD(AnomalyModule):
         lr: learning rate of Adam.
         weight_decay: of Adam.
         milestones: shares of the planned steps after which the learning rate falls to a tenth.
+        residual: the map's, before the filter: `gradient`, 1 - MSGMS; `absolute`, |x - x_hat|; `structure`, 1 - SSIM.
         window: side, in pixels of the input size, of the mean filter that smooths the map; odd.
         seed: of the first weights, the sets, the order of the images and the cells drawn.
     """
@@ -78,6 +79,7 @@ class RIAD(AnomalyModule):
         lr: float = 1e-4,
         weight_decay: float = 1e-5,
         milestones: list[float] = [0.83333],  # noqa: B006 - never changed
+        residual: Literal["absolute", "structure", "gradient"] = "gradient",
         window: int = 21,
         seed: int = 0,
     ):
@@ -98,6 +100,8 @@ class RIAD(AnomalyModule):
             raise ZooError("--lr is above 0, --weight-decay at least 0, --milestones are in (0, 1].")
         if width < 1 or window < 1 or window % 2 == 0:
             raise ZooError("--width is at least 1, --window an odd number.")
+        if residual not in RESIDUALS:
+            raise ZooError(f"--residual is {', '.join(RESIDUALS)}, not {residual}.")
         with seeded(seed, 0):
             self.unet = UNet(channels, width)
         for k in cells:
@@ -134,7 +138,8 @@ class RIAD(AnomalyModule):
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
         x = self.prepare(images)  # (B, C, *size)
-        maps = [msgms_map(unit(x), unit(self.rebuild(x, cell))) for cell in self.hparams.cells]  # one size at a time
+        residual = RESIDUALS[self.hparams.residual]
+        maps = [residual(unit(x.float()), unit(self.rebuild(x, cell))) for cell in self.hparams.cells]  # (B, 1, *size)
         smooth = mean_filter(torch.stack(maps).mean(0), self.hparams.window)  # (B, 1, *size)
         return Scores(masked_to_roi(smooth, roi).amax((1, 2, 3)), resize_map(smooth, images.shape[-2:]))
 

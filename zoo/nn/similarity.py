@@ -70,3 +70,16 @@ def msgms_map(images: Tensor, others: Tensor) -> Tensor:
     """1 - GMS, each scale resized to the images' size, averaged: (B, 1, H, W); images as in `msgms_distances`."""
     maps = [resize_map(d, images.shape[-2:]) for d in msgms_distances(images, others)]
     return torch.stack(maps).mean(0)
+
+
+def absolute(images: Tensor, others: Tensor) -> Tensor:
+    """|x - y| of images (B, C, S, S), mean over the channels: (B, 1, S, S)."""
+    return (images - others).abs().mean(1, keepdim=True)
+
+
+def structure(images: Tensor, others: Tensor) -> Tensor:
+    """1 - SSIM of images (B, C, S, S) in [0, 1], mean over the channels: (B, 1, S, S)."""
+    return ssim_distances(images, others).mean(1, keepdim=True)
+
+
+RESIDUALS = {"absolute": absolute, "structure": structure, "gradient": msgms_map}

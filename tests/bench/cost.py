@@ -1,0 +1,126 @@
+"""What the paper's benchmark costs: steps measured on a CPU, and from them an estimate for one GPU.
+
+    python tests/bench/cost.py --out tests/bench/cost.json
+
+Each method with preset paper224 (weights at random: they cost the same) takes three batches of its own size, in a
+process of its own; the first one is counted (torch's FLOP counter: convolutions and products of matrices, backward
+included), the others are timed. A fit on MIIC is then the preset's steps over 21,499 images (a tenth of 23,888 is held
+out), and its time on a GPU is its floating-point operations over a rate that we assume: an estimate, no measurement.
+Memory is how far the process grew beyond its libraries, which is what a GPU has to hold, but for its own libraries.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from zoo import record
+from zoo.data import load_data
+from zoo.data.datamodule import AnomalyDataModule
+from zoo.methods import create_model, list_methods, presets
+from zoo.nn.features import architecture_only
+
+IMAGES, TEST = 21_499, 1_388  # of MIIC: learned from, and scored
+RATE = 10e12  # floating-point operations a second that one GPU is assumed to sustain in float32 with TF32
+BATCHES = 3
+
+
+class Clock(L.Callback):
+    """Counts the first batch, times the others."""
+
+    def __init__(self):
+        self.counter, self.seconds = FlopCounterMode(display=False), []
+
+    def on_train_batch_start(self, trainer, module, batch, index):
+        if index == 0:
+            self.counter.__enter__()
+        self.begin = time.perf_counter()
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, index):
+        if index == 0:
+            self.counter.__exit__(None, None, None)
+        else:
+            self.seconds.append(time.perf_counter() - self.begin)
+
+
+def measure(method):
+    """Figures of a step and of a scored image, in this process."""
+    planned = presets(method, "paper224")
+    size, fraction = planned.get("data", {}).get("batch_size", 32), planned.get("data", {}).get("train_fraction", 1)
+    with architecture_only():
+        model = create_model(method, "paper224")
+    data = load_data(f"synthetic:train={2 * (BATCHES + 1) * size},good=1,defect=1,size=224")
+    module = AnomalyDataModule(data, input_size=model.size, batch_size=size)
+    bare, clock = record.peak_memory_mb(), Clock()
+    trainer = L.Trainer(
+        accelerator="cpu", max_epochs=1, limit_train_batches=BATCHES, callbacks=[clock], logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(model, datamodule=module)
+    image = torch.rand(1, 1, 224, 224)
+    with torch.inference_mode(), FlopCounterMode(display=False) as scored:
+        model.eval()(image)
+    batches = IMAGES * fraction / size
+    trainer_plan = planned.get("trainer", {})
+    steps = trainer_plan.get("max_steps") or batches * trainer_plan.get("max_epochs", 1)
+    return {
+        "method": method,
+        "batch": size,
+        "steps": round(steps),
+        "flops_a_step": clock.counter.get_total_flops(),
+        "seconds_a_step": round(sum(clock.seconds) / len(clock.seconds), 3),
+        "flops_an_image_scored": scored.get_total_flops(),
+        "memory_mb": round(record.peak_memory_mb() - bare),
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+
+
+def estimated(run):
+    """Hours on one GPU: the fit, and scoring MIIC's test set once."""
+    fit = run["steps"] * run["flops_a_step"] / RATE / 3600
+    return fit, TEST * run["flops_an_image_scored"] / RATE / 3600
+
+
+def table(runs):
+    """Lines of Markdown: what the README shows."""
+    lines = [
+        "| method | images a step | steps on MIIC | s a step here | TFLOP a step | memory, GB | GPU hours, estimate |",
+        "|---" * 7 + "|",
+    ]
+    for run in runs:
+        figures = f"{run['seconds_a_step']:.2f} | {run['flops_a_step'] / 1e12:.3f} | {run['memory_mb'] / 1024:.1f}"
+        hours = f"{estimated(run)[0]:.2g}"
+        lines.append(f"| `{run['method']}` | {run['batch']} | {run['steps']:,} | {figures} | {hours} |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=list_methods(), default=list_methods())
+    parser.add_argument("--one", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help="record that the runs are added to")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measure(options.methods[0])))
+        return
+    runs = json.loads(options.out.read_text())["runs"] if options.out and options.out.exists() else []
+    for method in options.methods:
+        command = [sys.executable, __file__, "--one", "--methods", method]
+        out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        runs = [run for run in runs if run["method"] != method] + [json.loads(out.splitlines()[-1])]
+        runs.sort(key=lambda run: run["method"])
+        print(table(runs[-1:]).splitlines()[-1], flush=True)
+        if options.out:
+            report = {"images": IMAGES, "assumed_flops": RATE, "runs": runs, **record.environment(torch.device("cpu"))}
+            options.out.write_text(json.dumps(report, indent=1) + "\n")
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
