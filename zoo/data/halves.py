@@ -35,8 +35,8 @@ def halves(labels: list[int], names: list[str], seed: int = SEED) -> tuple[list[
 
 
 def kind_of(name: str) -> str:
-    """The kind of defect that an image's name tells: "test/scratch/3.png" -> "scratch"."""
-    return name.removeprefix("test/").split("/")[0]
+    """The kind of defect that an image's name tells: "test/scratch/3.png" -> "scratch"; MIIC's test folder has a name."""
+    return name.removeprefix("test/").removeprefix("Anomaly_test/").split("/")[0]
 
 
 def validation_half(data: DatasetDict, metric: str, seed: int = SEED) -> DatasetDict:
