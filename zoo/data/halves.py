@@ -35,7 +35,7 @@ def halves(labels: list[int], names: list[str], seed: int = SEED) -> tuple[list[
 
 
 def kind_of(name: str) -> str:
-    """The kind of defect that an image's name tells: "test/scratch/3.png" -> "scratch"; MIIC's test folder has a name."""
+    """The kind of defect that an image's name tells: "test/scratch/3.png" -> "scratch"; of MIIC the folder."""
     return name.removeprefix("test/").removeprefix("Anomaly_test/").split("/")[0]
 
 
