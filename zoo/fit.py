@@ -24,7 +24,7 @@ from zoo.callbacks import NotFinite
 from zoo.cards import render_card
 from zoo.data import DataSpec, check_data, load_data
 from zoo.data.datamodule import AnomalyDataModule
-from zoo.data.halves import SEED, test_part, validation_half
+from zoo.data.halves import SEED, part_of_test, validation_half
 from zoo.data.terms import terms_of
 from zoo.errors import ZooError
 from zoo.estimate import Estimate, estimate
@@ -234,7 +234,7 @@ def evaluate(
     chosen = model.selection is not None and model.selection["fingerprint"] == spec.origin
     half = chosen and part in (None, "held_out")
     seed = model.selection["seed"] if chosen else SEED
-    split = test_part(load_data(spec), part or ("held_out" if half else "full"), seed)
+    split = part_of_test(load_data(spec), part or ("held_out" if half else "full"), seed)
     seen = model.selection is not None and not chosen
     if half and part is None:
         run.say(

@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from zoo import checkpoint, gallery, hub
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
-from zoo.data.halves import SEED, named_halves, test_part
+from zoo.data.halves import SEED, named_halves, part_of_test
 from zoo.errors import ZooError
 from zoo.fit import fit, store_evaluation
 from zoo.module import AnomalyModule
@@ -98,7 +98,7 @@ def _view(job: dict[str, Any], model: AnomalyModule) -> dict[str, int | None]:
 @torch.inference_mode()
 def _cost(job: dict[str, Any], model: AnomalyModule, place: Path) -> dict[str, Any]:
     """Median milliseconds of scoring one image that is in memory, alone in its batch; and the size of the weights."""
-    module = AnomalyDataModule(test_part(load_data(job["data"]), "full"), **_view(job, model))
+    module = AnomalyDataModule(part_of_test(load_data(job["data"]), "full"), **_view(job, model))
     names, scored = module.test_set.with_format(None)["path"], {name for name, *_ in model.scored}
     rows = [row for row, name in enumerate(names) if name in scored]  # those that can be read
     images = [module.test_image(row).image.to(model.device) for row in rows[:TIMED]]

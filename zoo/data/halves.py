@@ -55,7 +55,7 @@ def validation_half(data: DatasetDict, metric: str, seed: int = SEED) -> Dataset
     return DatasetDict(train=data["train"], test=test)
 
 
-def test_part(data: DatasetDict, part: str, seed: int = SEED) -> DatasetDict:
+def part_of_test(data: DatasetDict, part: str, seed: int = SEED) -> DatasetDict:
     """A part of the test split, without training images: `val`, `held_out` (no selection has seen it) or `full`.
 
     Raises:
