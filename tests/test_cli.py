@@ -70,6 +70,10 @@ def test_mistakes_are_one_sentence(argv, words, capsys):
         ["fit", "padim", "--data", "/nowhere", "--name", "a"],
         ["evaluate", "nobody", "--data", "synthetic"],
         ["predict", "nobody", "x.png", "--out", "o"],
+        ["benchmark", "--help"],
+        ["benchmark", "--data", "/nowhere", "--preset", "lite"],
+        ["benchmark", "--data", "synthetic", "--preset", "lite", "--methods", "nope"],
+        ["benchmark", "--render", "/nowhere"],
     ],
 )
 def test_answers_before_torch_is_imported(argv):

@@ -5,12 +5,12 @@ import pytest
 import torch
 from scipy.ndimage import label as scipy_label
 from scipy.special import ndtr
-from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
+from sklearn.metrics import auc, average_precision_score, f1_score, precision_recall_curve, roc_auc_score
 from torch import distributed
 from torchmetrics import MetricCollection
 
 from zoo.errors import ZooError
-from zoo.metrics import AUPRO, AUROC, AnomalyMetrics, AveragePrecision, F1Max, ranking
+from zoo.metrics import AUPRO, AUROC, PRODFR200, AnomalyMetrics, AveragePrecision, F1Max, ranking
 
 SUITE_KEYS = ["image_auroc", "image_f1_max", "image_ap", "pixel_auroc", "pixel_f1_max", "pixel_ap", "pixel_aupro"]
 
@@ -59,6 +59,28 @@ def brute_force_aupro(scores, masks, limit=0.3, valid=None):
         area += (x1 - x0) * (y0 + y1) / 2
         x0, y0 = x1, y1
     return area / limit
+
+
+def direct_dfr200(scores, masks, valid=None):
+    """DFR's recipe as its text says: 200 binary maps, overlap by region, rate over all normal pixels, both rescaled."""
+    scores, masks = scores.double().numpy(), masks.numpy()
+    valid = np.ones_like(masks) if valid is None else valid.numpy()
+    high, low = scores[valid].max(), scores[valid].min()
+    rates, overlaps = [], []
+    for step in range(200):
+        called = (scores > high - step * (high - low) / 200) & valid
+        found = []
+        for call, mask, use in zip(called, masks, valid, strict=True):
+            labels, count = scipy_label(mask, structure=np.ones((3, 3)))
+            found += [call[(labels == k) & use].mean() for k in range(1, count + 1) if ((labels == k) & use).any()]
+        rates.append(called[~masks & valid].mean())
+        overlaps.append(np.mean(found))
+    kept = np.array(rates) <= 0.3
+    rates, overlaps = np.array(rates)[kept], np.array(overlaps)[kept]
+    return auc(
+        (rates - rates.min()) / (rates.max() - rates.min()),
+        (overlaps - overlaps.min()) / (overlaps.max() - overlaps.min()),
+    )
 
 
 def exact_sort(scores, targets):
@@ -207,6 +229,77 @@ def test_table_is_a_function_of_the_multiset(split, small_tables):
         assert sum(map(len, metric.score_tables)) <= ranking.MAX_ROWS
     assert torch.equal(metric._table("score"), whole)
     assert metric.compute() == torch.tensor(ranking.auroc(whole))
+
+
+@pytest.mark.parametrize("stretch", [1.0, 4.0, 1e-7])
+def test_dfr200_equals_the_direct_formula(stretch):
+    scores, masks = maps()
+    scores = torch.expm1(stretch * scores)  # heavy tails: few thresholds are kept
+    metric = PRODFR200()
+    for i in range(len(scores)):
+        metric.update(scores[i : i + 1], masks[i : i + 1])
+    assert float(metric.compute()) == pytest.approx(direct_dfr200(scores, masks), abs=1e-6)
+    valid = torch.rand(scores.shape, generator=torch.Generator().manual_seed(1)) > 0.3
+    metric = PRODFR200()
+    metric.update(scores, masks, valid)
+    assert float(metric.compute()) == pytest.approx(direct_dfr200(scores, masks, valid), abs=1e-6)
+
+
+def test_dfr200_depends_on_the_scale_and_aupro_does_not():
+    """Which is why it has a name of its own."""
+    scores, masks = maps(12, (64, 64))
+    found = []
+    for view in (scores, torch.exp(3 * scores)):
+        both = PRODFR200(), AUPRO()
+        for metric in both:
+            metric.update(view, masks)
+        found.append([float(metric.compute()) for metric in both])
+    assert found[0][1] == pytest.approx(found[1][1], abs=1e-6) and abs(found[0][0] - found[1][0]) > 0.05
+
+
+def test_dfr200_is_no_number_where_its_recipe_divides_by_zero():
+    masks = torch.zeros(1, 8, 8, dtype=torch.bool)
+    masks[0, :2] = True
+    metric = PRODFR200()
+    metric.update((~masks).float(), masks)  # all normal pixels at once: no rate but 0 is within the limit
+    assert torch.isnan(metric.compute())
+
+
+def test_dfr200_with_bounded_keys(small_tables):
+    """With bits dropped its thresholds move by as much as the scores do."""
+    scores, masks = maps(12, (64, 64), seed=3)
+    scores = scores + torch.rand(scores.shape, generator=torch.Generator().manual_seed(2)) / 8
+    metric = PRODFR200()
+    metric.update(scores, masks)
+    assert float(metric.compute()) == pytest.approx(direct_dfr200(scores, masks), abs=0.02)
+
+
+def test_f1_at_a_threshold_of_other_images():
+    """The suite's threshold is that of scikit-learn's best F1, and F1 at it is scikit-learn's on other images."""
+    first, other, whole = AnomalyMetrics(), AnomalyMetrics(), AnomalyMetrics()
+    parts = []
+    for seed, suites in (0, (first, whole)), (1, (other, whole)):
+        pixels, masks = maps(12, seed=seed)
+        masks[::2] = False  # half of the images are normal
+        labels = masks.any((1, 2))
+        images = torch.tensor(sample(12, seed=seed)[0]).float() + labels
+        for suite in suites:
+            suite.update(images, pixels[:, None], labels, masks[:, None])
+        parts.append({"image": (images, labels), "pixel": (pixels.flatten(), masks.flatten())})
+    thresholds = first.thresholds()
+    found = other.further(thresholds)
+    for level in ("image", "pixel"):
+        precision, recall, candidates = precision_recall_curve(parts[0][level][1], parts[0][level][0])
+        f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+        assert thresholds[level] == pytest.approx(candidates[f1[:-1].argmax()], rel=1e-6)
+        scores, targets = parts[1][level]
+        expected = f1_score(targets, scores >= thresholds[level])
+        assert found[f"{level}_f1_at_val"] == pytest.approx(expected, abs=1e-6)
+    assert other.further({"image": 1e9})["image_f1_at_val"] == 0
+    assert "image_f1_at_val" not in other.further({})
+    assert first.compute() != whole.compute()
+    first.merge_state(other)  # after a compute
+    assert first.compute() == whole.compute() and first.further({}) == whole.further({})
 
 
 @pytest.mark.parametrize("limit", [0.05, 0.3, 1.0])

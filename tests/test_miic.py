@@ -21,7 +21,7 @@ from scipy.io import savemat
 from zoo.cli import main
 from zoo.data import archives, check_data, load_data, miic_layout
 from zoo.data.datamodule import AnomalyDataModule
-from zoo.data.halves import halves, reported_half, validation_half
+from zoo.data.halves import halves, part_of_test, validation_half
 from zoo.data.miic import MIIC, load_miic
 from zoo.data.rows import read_row
 from zoo.errors import ZooError
@@ -98,7 +98,7 @@ def test_a_name_of_the_test_set_is_left_out_whatever_is_in_it(replica):
 
 def test_the_halves_have_the_same_share_of_each_class(made):
     data = load_data(f"miic:{made[0]}")
-    for half in (validation_half(data, "image_ap"), reported_half(data)):
+    for half in (validation_half(data, "image_ap"), part_of_test(data, "held_out")):
         assert sorted(half["test"].with_format(None)["label"]) == [0] * 5 + [1] * 4
 
 

@@ -270,6 +270,28 @@ def test_resume_by_the_command_line_needs_one_home(tmp_path, zoo_home, monkeypat
     assert models[0].read_bytes() == models[1].read_bytes()
 
 
+def test_a_benchmark_by_two_processes(tmp_path):
+    """Under torchrun, with a run that fails; then its own two processes go on in the same folder."""
+    given = {"padim": {"input_size": 64, "dims": 20}, "stfpm": {"input_size": 64}, "fanogan": {"gan_share": 0.9}}
+
+    def options(*methods):
+        chosen = json.dumps({method: given[method] for method in methods})
+        about = f"--preset lite --budget 4 --batch-size 5 --seeds 1 --device cpu --out {tmp_path} --arguments"
+        data = "synthetic:train=50,good=7,defect=8,size=64"
+        return ["benchmark", "--data", data, *about.split(), chosen, "--methods", *methods]
+
+    torchrun("--no-python", "zoo", *options("fanogan", "padim"))
+    assert "--gan-share" in json.loads((tmp_path / "runs/fanogan-seed0.json").read_text())["failed"]
+    subprocess.run(["zoo", *options("padim", "stfpm"), "--devices", "2"], check=True, timeout=300)
+    for method in ("padim", "stfpm"):
+        record = json.loads((tmp_path / f"runs/{method}-seed0.json").read_text())
+        assert record["processes"] == 2 and record["readings"]["full"]["normal"] == 7
+        scores = (tmp_path / f"models/{method}-seed0/private/scores.csv").read_text().splitlines()
+        assert len(scores) == len(set(scores)) == 1 + 4 + 4
+    page = (tmp_path / "index.html").read_text()
+    assert all(method in page for method in given) and "2 processes" in page
+
+
 def test_slurm_is_asked_rightly(monkeypatch, capsys):
     from zoo.cli import main
 

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from bench.real_images import table
 
+from zoo import paper
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -12,3 +14,8 @@ def test_table_is_that_of_the_record():
     report = json.loads((ROOT / "tests/bench/real_images.json").read_text(encoding="utf-8"))
     assert all(found["runs"] for found in report.values()) and len(report) == 3
     assert table(report) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_paragraph_on_the_papers_figures_is_that_of_the_table():
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert paper.ABOUT.replace("*", "\\*") in readme

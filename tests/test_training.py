@@ -19,7 +19,7 @@ from zoo.cards import render_card
 from zoo.cli import main
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
-from zoo.data.halves import halves
+from zoo.data.halves import halves, kind_of
 from zoo.errors import ZooError
 from zoo.fit import evaluate, fit
 from zoo.hub import from_pretrained, model_place, unfinished_place
@@ -265,6 +265,9 @@ def test_halves_are_stratified_disjoint_and_independent_of_the_order():
     again, _ = halves([labels[i] for i in order], [names[i] for i in order])
     assert {names[order[i]] for i in again} == {names[i] for i in validation}
     assert halves(labels, names, seed=1)[0] != validation
+    named = [("test/scratch/3.png", "scratch"), ("bad/3.png", "bad"), ("test/good/lot7/3.png", "good")]
+    named += [("Anomaly_test/abnormal_img/test_abnormal_00002.jpg", "abnormal_img")]
+    assert all(kind_of(name) == kind for name, kind in named)
 
 
 @METHODS

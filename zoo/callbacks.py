@@ -104,6 +104,15 @@ def _learned_state(module: AnomalyModule) -> dict[str, Tensor]:
     return {name: tensor.to("cpu", copy=True) for name, tensor in learned.items()}
 
 
+@torch.no_grad()
+def exchange(module: AnomalyModule, state: dict[str, Tensor]) -> None:
+    """Give a module these weights and the dict the module's, one by one: no second copy of all is ever held."""
+    own = module.state_dict()
+    for name, tensor in state.items():
+        state[name] = own[name].to("cpu", copy=True)
+        own[name].copy_(tensor)
+
+
 class Losses(L.Callback):
     """Tells the mean loss of this tenth of the fit, its parts and the speed, ten times a fit and each minute.
 
@@ -161,6 +170,7 @@ class Losses(L.Callback):
 class KeepBest(L.Callback):
     """Keeps the weights of the step that a rule likes best, and gives them to the model when the fit ends.
 
+    The model then holds those of its last step as `last_weights`, in main memory, if that is another one.
     Of a method with phases, only steps of the last one are looked at.
 
     Args:
@@ -190,7 +200,10 @@ class KeepBest(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, module: AnomalyModule) -> None:  # also where a resume had nothing left
         if not self.state:  # the last phase was never reached
             return
-        module.load_state_dict(self.state, strict=False)
+        if self.step < module.steps_taken:
+            exchange(module, self.state)
+            module.last_weights = self.state
+        self.state = {}
         self.say(f"Kept step {self.step}: {self._name()} {self.value:.4g}.")
 
     def _name(self) -> str:

@@ -15,6 +15,11 @@ METRICS = {
     "pixel_ap": "pixel PR",
     "pixel_aupro": "PRO",
 }
+FURTHER = {  # under names of their own: see `zoo.protocol`
+    "image_f1_at_val": "image F1 at val threshold",
+    "pixel_f1_at_val": "pixel F1 at val threshold",
+    "pixel_pro_dfr200": "PRO dfr200",
+}
 
 
 def render_card(config: dict[str, Any], record: dict[str, Any] | None) -> str:
@@ -24,7 +29,7 @@ def render_card(config: dict[str, Any], record: dict[str, Any] | None) -> str:
         config: as in `config.json`.
         record: as in `results.json`; without one the card says that nothing was measured.
     """
-    return _template().render(config=config, record=record or {}, metric_names=METRICS)
+    return _template().render(config=config, record=record or {}, metric_names=METRICS | FURTHER)
 
 
 @cache

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:  # torch is imported on use: the registry is listed without it
+    import torch
     from torch import nn
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CARD, RECORD = "model.safetensors", "config.json", "README.md", "results.json"
+LAST = Path("private", "last.safetensors")  # what training changes, as of its last step, where another one was kept
 KEYS = {
     "format_version": int,
     "zoo_version": str,
@@ -35,13 +37,20 @@ KEYS = {
 }
 
 
-def save(folder: str | Path, module: "nn.Module", config: dict[str, Any], extra: dict[str, str]) -> Path:
+def save(
+    folder: str | Path,
+    module: "nn.Module",
+    config: dict[str, Any],
+    extra: dict[str, str],
+    last: "dict[str, torch.Tensor] | None" = None,
+) -> Path:
     """Write a model folder beside its place and rename it there, so that no half-written model is ever seen.
 
     Args:
         folder: its place; a model that is already there is replaced.
         config: the `KEYS` that are known outside this file; the rest is filled in here.
         extra: further text files by relative path (card, record, `private/...`).
+        last: weights of the last step, where another one was kept.
 
     Raises:
         ZooError: something else than a model lies there, or the disk refuses.
@@ -61,6 +70,9 @@ def save(folder: str | Path, module: "nn.Module", config: dict[str, Any], extra:
         for name, text in ({CONFIG: dump(config)} | extra).items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(text, encoding="utf-8")
+        if last:
+            (temporary / LAST).parent.mkdir(exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in last.items()}, temporary / LAST)
         (temporary / WEIGHTS).chmod((temporary / CONFIG).stat().st_mode)  # safetensors writes for its owner alone
     return folder
 
@@ -121,6 +133,17 @@ def load(folder: str | Path, build: Callable[[dict[str, Any]], "nn.Module"]) -> 
     module = build(config)
     module.load_state_dict(load_file(path))
     return module.eval(), config
+
+
+def read_last(folder: Path) -> "dict[str, torch.Tensor]":
+    """The weights of the last step that a model folder keeps beside the chosen ones; {} where it keeps none."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(folder / LAST) if (folder / LAST).is_file() else {}
+    except (SafetensorError, OSError) as error:
+        raise ZooError(f"{folder / LAST} can't be read ({error}); remove it, or fit the model anew.") from error
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The command line: quickstart, list, fit, evaluate, predict, data. Arguments are checked before torch is imported."""
+"""The command line, a function a command. Arguments are checked before torch is imported."""
 
 import difflib
 import logging
@@ -28,6 +28,7 @@ USAGE = """usage: zoo COMMAND [--help]
   zoo fit METHOD --data DATA --name NAME
   zoo evaluate NAME --data DATA
   zoo predict NAME PATH... --out DIR   heatmaps, masks, CSV and JSON
+  zoo benchmark --data DATA            all methods, three seeds: Table 3, Figures 1 and 2, a page
   zoo data prepare DATA                unpack, decode, verify, store at the working size
   zoo data export DATA --out FOLDER    parquet files, as a hub data set has them
 """
@@ -188,6 +189,13 @@ def evaluate(argv: list[str]) -> None:
     parser = _parser("evaluate", "Score the test split at the images' own size and keep the record with the model.")
     parser.add_argument("name", help="name or folder of a model")
     parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
+    parser.add_argument(
+        "--protocol",
+        type=Literal["house", "paper"] | None,
+        default=None,
+        help="house: held-out half, full test set and last step, with F1 at a threshold of the other half; paper: all "
+        "at 224 x 224; null: what a selection has not seen",
+    )
     parser.add_argument("--scores", type=str | None, default=None, help="file of per-image scores, .csv or .parquet")
     parser.add_argument(
         "--bootstrap", type=int, default=1000, help="draws of test images for 95 %% intervals of the metrics; 0: none"
@@ -206,12 +214,18 @@ def evaluate(argv: list[str]) -> None:
     check_data(options.data)
 
     from zoo import fit as runs
+    from zoo import protocol
     from zoo.tables import console, metric_table
 
     model = hub.from_pretrained(folder)
     before = checkpoint.read_json(folder / checkpoint.RECORD)
-    run = _run(options, model.precision)
-    record = runs.evaluate(model, options.data, before, _data_values(options), run, options.bootstrap)
+    arguments = (model, options.data, before, _data_values(options), _run(options, model.precision))
+    if options.protocol == "house":
+        protocol.load_last_weights(model, folder)
+    if options.protocol:
+        record = protocol.evaluate_by(options.protocol, *arguments, bootstrap=options.bootstrap)
+    else:
+        record = runs.evaluate(*arguments, options.bootstrap)
     if not launched()[0]:
         runs.store_evaluation(folder, model, record)
         if options.scores:
@@ -248,6 +262,29 @@ def predict(argv: list[str]) -> None:
         print("The model has no threshold: its fit held no images out, or was stopped before it scored them.")
     elif not model.calibration.calibrated:
         print("The verdicts are uncalibrated: the threshold comes from a few held-out normals, no rate is stated.")
+
+
+def benchmark(argv: list[str]) -> None:
+    parser = _parser("benchmark", "Fit and evaluate methods, seed by seed; go on after a stop; render from records.")
+    _benchmark_options(parser)
+    options = _parse(parser, argv)
+    if not (options.data or options.render):
+        raise ZooError("zoo benchmark needs --data: zoo benchmark --data DATA --out DIR.")
+
+    out = Path(options.render or options.out)
+    if not options.render:
+        from zoo.benchmark import run_benchmark
+        from zoo.plan import Plan
+
+        plan = Plan(**{key: options[key] for key in Plan.__dataclass_fields__} | {"out": out})
+        plan.budget = None if options.budget is None else str(options.budget)
+        plan.precision = options.precision or "32-true"
+        run_benchmark(plan, partial(print, flush=True))
+    if not launched()[0]:
+        from zoo.report import render
+
+        render(out, options.figure_method)
+        print(f"Table 3, the figures and index.html are in {out}.")
 
 
 def data(argv: list[str]) -> None:
@@ -302,6 +339,7 @@ COMMANDS = {
     "fit": fit,
     "evaluate": evaluate,
     "predict": predict,
+    "benchmark": benchmark,
     "data": data,
 }
 
@@ -329,6 +367,45 @@ def _data_options(parser: Any, preset: dict[str, Any]) -> None:
 
 def _data_values(options: Any) -> dict[str, Any]:
     return {key: options[key] for key in ("batch_size", "num_workers", "skip_broken")}
+
+
+def _benchmark_options(parser: Any) -> None:
+    parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
+    parser.add_argument("--out", type=str, default="zoo-benchmark", help="folder of records, models, tables and page")
+    parser.add_argument("--methods", type=str, nargs="+", default=list_methods(), help="ids; all of them by default")
+    parser.add_argument("--seeds", type=int, default=3, help="runs a method, with the seeds 0, 1, ...")
+    parser.add_argument(
+        "--preset",
+        type=str | None,
+        default=None,
+        help="as for fit; with mvtec_steps, methods that learn in one pass take paper224",
+    )
+    parser.add_argument(
+        "--budget",
+        type=int | str | None,
+        default=None,
+        help="optimiser steps of each method that takes steps, such as 300, or a share of its preset's, such as 10%",
+    )
+    parser.add_argument(
+        "--protocol", type=Literal["house", "paper"], default="house", help="halves, or all at 224 x 224; see evaluate"
+    )
+    parser.add_argument("--select", type=str, default="image_auroc", help="which step is kept; see fit")
+    parser.add_argument(
+        "--arguments",
+        type=dict[str, dict[str, Any]],
+        default={},
+        help='own arguments of methods, such as \'{"padim": {"dims": 100}}\'',
+    )
+    parser.add_argument("--batch-size", type=int | None, default=None, help="images a batch; null: the preset's")
+    parser.add_argument("--num-workers", type=int | None, default=None, help="decoding processes; null: as for fit")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read")
+    _run_options(parser, devices=True)
+    parser.add_argument(
+        "--figure-method", type=str | None, default=None, help="of Figure 1; null: the best by image ROC"
+    )
+    parser.add_argument(
+        "--render", type=str | None, default=None, help="only render this folder of an earlier benchmark"
+    )
 
 
 def _trainer_options(parser: Any, preset: dict[str, Any]) -> None:

@@ -24,7 +24,7 @@ from zoo.callbacks import NotFinite
 from zoo.cards import render_card
 from zoo.data import DataSpec, check_data, load_data
 from zoo.data.datamodule import AnomalyDataModule
-from zoo.data.halves import SEED, reported_half, validation_half
+from zoo.data.halves import SEED, part_of_test, validation_half
 from zoo.data.terms import terms_of
 from zoo.errors import ZooError
 from zoo.estimate import Estimate, estimate
@@ -85,6 +85,7 @@ def fit(
     resume: bool = False,
     checkpoint_minutes: float = 5.0,
     memory_limit: float | None = None,
+    home: Path | None = None,
 ) -> tuple[AnomalyModule, dict[str, Any]]:
     """Fit a method on the normal training images of a data set.
 
@@ -99,6 +100,7 @@ def fit(
         resume: go on where an interrupted fit of this name stopped, if there is one; the result is the same.
         checkpoint_minutes: between two checkpoints of a fit under way; 0 writes one after each batch.
         memory_limit: bytes; a fit that needs more, by the estimate, is refused before it starts.
+        home: keep the model and the checkpoints in this folder instead of the local registry.
 
     Returns:
         The fitted model, in eval mode, with default thresholds from held-out normals, and its record.
@@ -108,7 +110,7 @@ def fit(
     """
     run, arguments = _first_speaks(run or RunOptions()), arguments or {}
     method = method_id(method)
-    place = hub.model_place(name) if name is not None else None
+    place = hub.model_place(name, home) if name is not None else None
     if place is not None:
         checkpoint.check_place(place)
     preset = choose_preset(method, preset, arguments)
@@ -129,7 +131,7 @@ def fit(
     model.view = {"resize": options.resize, "crop": options.crop}
     by_metric = plan is not None and plan.select not in ("last", "normal")
     module = AnomalyDataModule(
-        validation_half(load_data(spec), plan.select) if by_metric else _only("train", spec),
+        validation_half(load_data(spec), plan.select) if by_metric else _train_only(spec),
         input_size=model.size,
         seed=model.hparams.seed,
         fingerprint=spec.fingerprint,
@@ -143,7 +145,7 @@ def fit(
         limits, callbacks = training(plan, module, run)
     path = None
     if name is not None:
-        unfinished = Unfinished(hub.unfinished_place(name), checkpoint_minutes, run.say)
+        unfinished = Unfinished(hub.unfinished_place(name, home), checkpoint_minutes, run.say)
         path = checkpoint_to_resume(unfinished.path, resume, run)
         callbacks.append(unfinished)
     start = time.perf_counter()
@@ -152,7 +154,7 @@ def fit(
         try:
             trainer.fit(model, datamodule=module, ckpt_path=path, weights_only=True)
         except NotFinite as error:
-            raise kept(error, model, place and hub.unfinished_place(name).with_name("last-good")) from None
+            raise kept(error, model, place and unfinished.path.with_name("last-good")) from None
     model.eval()
     seconds = {"fit": round(time.perf_counter() - start, 2)}
     start = time.perf_counter()
@@ -171,6 +173,7 @@ def fit(
         | ({"pairs_of": spec.name} if own else {}),
         "seconds": seconds,
         "peak_memory_mb": record.peak_memory_mb(),
+        **record.peak_device_memory(trainer.strategy.root_device),
         "processes": trainer.world_size,
         **record.environment(trainer.strategy.root_device),
     }
@@ -202,6 +205,7 @@ def evaluate(
     data_options: dict[str, Any] | None = None,
     run: RunOptions | None = None,
     bootstrap: int = 0,
+    part: str | None = None,
 ) -> dict[str, Any]:
     """Score the test split at the images' own size.
 
@@ -211,6 +215,7 @@ def evaluate(
         result: the fit's record, which the figures are added to.
         data_options: fields of `DataOptions`.
         bootstrap: how often the test images are drawn anew, for `intervals` of the metrics (`zoo.metrics.bootstrap`).
+        part: of the test split: `val`, `held_out` (halves) or `full`; None takes what a selection has not seen.
 
     Returns:
         The record with `metrics`, `test_data`, `eval_size`; per-image scores are in `model.scored`.
@@ -219,17 +224,19 @@ def evaluate(
         ZooError: no test images, or only one class among them.
     """
     run = _first_speaks(run or RunOptions(precision=model.precision))
-    spec, result = check_data(data), dict(result or {})
+    spec, result = check_data(data), {k: v for k, v in (result or {}).items() if k not in ("protocol", "readings")}
     if not sum(spec.counts["test"]):
         raise ZooError(f"--data {data} has no test images; add test/good and test/<kind>, or bad beside good.")
     if not all(spec.counts["test"]):
         missing = "normal" if not spec.counts["test"][0] else "anomalous"
         raise ZooError(f"--data {data} has no {missing} test images; metrics need both classes.")
     options = DataOptions(**(model.view | (data_options or {})))
-    half = model.selection is not None and model.selection["fingerprint"] == spec.origin
-    split = reported_half(load_data(spec), model.selection["seed"]) if half else _only("test", spec)
-    seen = model.selection is not None and not half
-    if half:
+    chosen = model.selection is not None and model.selection["fingerprint"] == spec.origin
+    half = chosen and part in (None, "held_out")
+    seed = model.selection["seed"] if chosen else SEED
+    split = part_of_test(load_data(spec), part or ("held_out" if half else "full"), seed)
+    seen = model.selection is not None and not chosen
+    if half and part is None:
         run.say(
             f"{model.selection['metric']} on one half of these test images chose the step; scored is the other half."
         )
@@ -254,6 +261,7 @@ def evaluate(
         "test_data": _described(spec)
         | {"normal": len(model.scored) - anomalous, "anomalous": anomalous, "broken": len(module.broken)}
         | ({"half": "the half that the selection did not see"} if half else {})
+        | ({"part": part} if part else {})
         | ({"seen": "the weights were chosen on other data, which may share images"} if seen else {}),
         "eval_size": [side, side] if (side := options.crop or options.resize) else "native",
         "evaluation": {
@@ -352,9 +360,10 @@ def _quantiles(table: torch.Tensor, shares: Sequence[float]) -> list[float]:
     return [ranking.key_score(key) for key in table[torch.searchsorted(below, ranks), 0].tolist()]
 
 
-def _only(split: str, spec: DataSpec) -> DatasetDict:
-    """The data set with the other split empty: it is neither opened nor checked."""
-    return DatasetDict({k: v if k == split else v.select([]) for k, v in load_data(spec).items()})
+def _train_only(spec: DataSpec) -> DatasetDict:
+    """The data set with the test split empty: it is neither opened nor checked."""
+    data = load_data(spec)
+    return DatasetDict(train=data["train"], test=data["test"].select([]))
 
 
 def _say_broken(module: AnomalyDataModule, run: RunOptions) -> None:

@@ -17,20 +17,21 @@ def registry() -> Path:
     return Path(os.environ.get("ZOO_HOME") or cache / "zoo").expanduser() / "models"
 
 
-def model_place(name: str) -> Path:
-    """Where a model of this name is kept.
+def model_place(name: str, home: Path | None = None) -> Path:
+    """Where a model of this name is kept: in the local registry, or under `home/models`.
 
     Raises:
         ZooError: a name that is a path or otherwise no plain name.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}", name):
         raise ZooError(f"{name!r} is no name for a model: letters, digits, '.', '_' and '-', no folders.")
-    return registry() / name.replace("_", "-")
+    return (home / "models" if home else registry()) / name.replace("_", "-")
 
 
-def unfinished_place(name: str) -> Path:
+def unfinished_place(name: str, home: Path | None = None) -> Path:
     """Where the checkpoint of a fit under way is kept, until its model is."""
-    return registry().parent / "unfinished" / model_place(name).name / "last.ckpt"
+    place = model_place(name, home)
+    return place.parents[1] / "unfinished" / place.name / "last.ckpt"
 
 
 def store_place(name: str, fingerprint: str, size: tuple[int, int]) -> Path:

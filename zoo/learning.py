@@ -54,6 +54,7 @@ class LearningModule(L.LightningModule):
         self.plan: dict[str, Any] = {}  # of a training that `fit` runs; a resume must have the same one
         self.precision = "32-true"
         self.told: dict[str, Tensor] = {}  # what the present step has logged
+        self.last_weights: dict[str, Tensor] = {}  # those of the last step, where another one was kept
 
     @property
     def learns_by_gradient(self) -> bool:

@@ -252,7 +252,8 @@ class AnomalyModule(LearningModule):
         if record:
             extra[checkpoint.RECORD] = checkpoint.dump(record)
         private = {"state.json": checkpoint.dump(self.private_state())} | (private or {})
-        return checkpoint.save(folder, self, config, extra | {f"private/{k}": v for k, v in private.items()})
+        extra |= {f"private/{k}": v for k, v in private.items()}
+        return checkpoint.save(folder, self, config, extra, self.last_weights)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Buffers whose size is learnt (a memory bank) take the stored shape."""

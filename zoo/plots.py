@@ -85,6 +85,41 @@ def figure1(rows: Sequence[dict[str, np.ndarray]], calibration: Calibration, pat
             axis.set_axis_off()
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=10)
+    _save_figure(figure, path)
+
+
+def figure2(rows: Sequence[tuple[str, bool, dict[str, tuple[float, float | None]]]], path: Path) -> None:
+    """The paper's Figure 2: bars of F1 by method, of images and of pixels, with the spread over seeds.
+
+    Args:
+        rows: name, whether it is our own figure (the paper's are hatched), and by key mean and deviation, of which
+            `image_f1_max` and `pixel_f1_max` are drawn.
+        path: PNG to write.
+    """
+    figure = Figure(figsize=(1.5 + 0.75 * len(rows), 4.2), layout="constrained")
+    axis = figure.subplots()
+    for offset, (key, label) in enumerate((("image_f1_max", "image"), ("pixel_f1_max", "pixel"))):
+        for place, (_, own, values) in enumerate(rows):
+            mean, deviation = values.get(key, (0.0, None))
+            axis.bar(
+                place + 0.4 * offset - 0.2,
+                mean,
+                0.38,
+                yerr=deviation,
+                color=COLOURS(0.35 + 0.4 * offset),
+                hatch=None if own else "//",
+                alpha=1 if own else 0.5,
+                label=label if own and label not in axis.get_legend_handles_labels()[1] else None,
+                capsize=3,
+            )
+    axis.set_xticks(range(len(rows)), [name for name, *_ in rows], rotation=40, ha="right")
+    axis.set_ylabel("F1 at its best threshold")
+    axis.set_ylim(0, 1)
+    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    _save_figure(figure, path)
+
+
+def _save_figure(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.part")
     figure.savefig(temporary, format="png", dpi=110)

@@ -26,6 +26,13 @@ def peak_memory_mb() -> float:
     return round(peak / (2**20 if sys.platform == "darwin" else 2**10), 1)
 
 
+def peak_device_memory(device: torch.device) -> dict[str, float]:
+    """{"peak_gpu_memory_mb": most that this process has had on a GPU so far, in MiB}; {} for a CPU."""
+    if device.type != "cuda":
+        return {}
+    return {"peak_gpu_memory_mb": round(torch.cuda.max_memory_allocated(device) / 2**20, 1)}
+
+
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:

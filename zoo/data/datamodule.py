@@ -104,6 +104,10 @@ class AnomalyDataModule(L.LightningDataModule):
 
     predict_dataloader = test_dataloader
 
+    def test_image(self, row: int) -> Batch:
+        """One image of the test split, at its own size, whatever the number of processes."""
+        return _Images(self.test_set, self.resize, self.crop)[row]
+
     def _loader(
         self, dataset: Dataset, batch_size: int, collate: Callable[[list[Batch]], Any], seed: int | None = None
     ) -> EpochLoader:

@@ -20,7 +20,7 @@ def halves(labels: list[int], names: list[str], seed: int = SEED) -> tuple[list[
     Returns:
         Two sorted lists of row numbers; of an odd number in a stratum the reported half has one more.
     """
-    kinds = [name.removeprefix("test/").split("/")[0] for name in names]
+    kinds = [kind_of(name) for name in names]
     sizes = Counter(kinds)
     strata = defaultdict(list)
     for row, (label, kind) in enumerate(zip(labels, kinds, strict=True)):
@@ -32,6 +32,11 @@ def halves(labels: list[int], names: list[str], seed: int = SEED) -> tuple[list[
         validation += [rows[i] for i in order[: len(rows) // 2]]
     chosen = set(validation)
     return sorted(validation), [row for row in range(len(names)) if row not in chosen]
+
+
+def kind_of(name: str) -> str:
+    """The kind of defect that an image's name tells: "test/scratch/3.png" -> "scratch"; of MIIC the folder."""
+    return name.removeprefix("test/").removeprefix("Anomaly_test/").split("/")[0]
 
 
 def validation_half(data: DatasetDict, metric: str, seed: int = SEED) -> DatasetDict:
@@ -50,9 +55,26 @@ def validation_half(data: DatasetDict, metric: str, seed: int = SEED) -> Dataset
     return DatasetDict(train=data["train"], test=test)
 
 
-def reported_half(data: DatasetDict, seed: int = SEED) -> DatasetDict:
-    """The half of the test split that no selection has seen; no training images."""
-    return DatasetDict(train=data["train"].select([]), test=data["test"].select(_halves(data["test"], seed)[1]))
+def part_of_test(data: DatasetDict, part: str, seed: int = SEED) -> DatasetDict:
+    """A part of the test split, without training images: `val`, `held_out` (no selection has seen it) or `full`.
+
+    Raises:
+        ZooError: a half that lacks a class.
+    """
+    test, none = data["test"], data["train"].select([])
+    if part == "full":
+        return DatasetDict(train=none, test=test)
+    half = test.select(_halves(test, seed)[("val", "held_out").index(part)])
+    if len(set(half.with_format(None)["label"])) < 2:
+        raise ZooError("Halves of the test images need two normal and two anomalous ones; add some.")
+    return DatasetDict(train=none, test=half)
+
+
+def named_halves(data: DatasetDict, seed: int = SEED) -> dict[str, list[str]]:
+    """The names of the test images in the halves `val` and `held_out`."""
+    names = list(data["test"].with_format(None)["path"])
+    parts = zip(("val", "held_out"), _halves(data["test"], seed), strict=True)
+    return {part: [names[row] for row in rows] for part, rows in parts}
 
 
 def _halves(test: Dataset, seed: int) -> tuple[list[int], list[int]]:

@@ -1,4 +1,4 @@
-"""AUROC, average precision, F1-max and AUPRO as torchmetrics: a thin state around `zoo.metrics.ranking`."""
+"""AUROC, average precision, F1-max, AUPRO and DFR's PRO as torchmetrics: a thin state around `zoo.metrics.ranking`."""
 
 from typing import Any
 
@@ -55,6 +55,7 @@ class RankMetric(Metric):
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         """Keep the list short where torchmetrics joins two states (`forward`, `merge_state`)."""
         super()._reduce_states(incoming_state)
+        self._computed = None  # torchmetrics would answer with what it computed before
         for level in self.levels:
             tables, shift = getattr(self, f"{level}_tables"), int(getattr(self, f"{level}_shift"))
             self._set(level, *ranking.compact(tables, shift))
@@ -119,18 +120,11 @@ class F1Max(_ScoreMetric):
         return torch.tensor(ranking.f1_max(self._table("score"))[0], device=self.device)
 
 
-class AUPRO(RankMetric):
-    """Area under the per-region overlap curve over all images, in 8-connected regions of equal weight.
+class _RegionMetric(RankMetric):
+    """A metric of anomaly maps against the regions of masks: AUPRO and DFR's PRO."""
 
-    Args:
-        limit: false-positive rate in (0, 1] where the area ends; the field uses 0.3.
-
-    Source: Bergmann et al., "The MVTec Anomaly Detection Dataset" (IJCV 2021), section 5.2.
-    """
-
-    def __init__(self, limit: float = 0.3) -> None:
+    def __init__(self) -> None:
         super().__init__("region")  # a name of its own: its state may never be taken for an AUROC's by a collection
-        self.limit = limit
 
     def update(self, scores: Tensor, targets: Tensor, valid: Tensor | None = None) -> None:
         """Add anomaly maps.
@@ -144,9 +138,34 @@ class AUPRO(RankMetric):
             ZooError: not three dimensions, shapes differ, or a score that counts is NaN.
         """
         if scores.ndim != 3:
-            raise ZooError(f"AUPRO takes maps (B, H, W), not {tuple(scores.shape)}; drop the channel dimension.")
+            name = type(self).__name__
+            raise ZooError(f"{name} takes maps (B, H, W), not {tuple(scores.shape)}; drop the channel dimension.")
         masks, valid = as_masks(scores, targets, valid)
         self._add("region", scores, masks, valid, ranking.region_weights(masks, valid))
 
+
+class AUPRO(_RegionMetric):
+    """Area under the per-region overlap curve over all images, in 8-connected regions of equal weight.
+
+    Args:
+        limit: false-positive rate in (0, 1] where the area ends; the field uses 0.3.
+
+    Source: Bergmann et al., "The MVTec Anomaly Detection Dataset" (IJCV 2021), section 5.2.
+    """
+
+    def __init__(self, limit: float = 0.3) -> None:
+        super().__init__()
+        self.limit = limit
+
     def compute(self) -> Tensor:
         return torch.tensor(ranking.aupro(self._table("region"), self.limit), device=self.device)
+
+
+class PRODFR200(_RegionMetric):
+    """DFR's PRO: 200 equally spaced thresholds, both axes stretched to [0, 1]; only for comparison with papers.
+
+    NaN where that recipe divides by zero. Source: see `zoo.metrics.ranking.pro_dfr200`.
+    """
+
+    def compute(self) -> Tensor:
+        return torch.tensor(ranking.pro_dfr200(self._table("region")), device=self.device)

@@ -1,4 +1,4 @@
-"""Ranking metrics from a table of bounded size: AUROC, average precision, F1-max and AUPRO.
+"""Ranking metrics from a table of bounded size: AUROC, average precision, F1, AUPRO and DFR's PRO.
 
 A *rank table* is an int64 tensor (n, 4). A row is a distinct score: (key, negatives, positives, region weight), where
 the key is the float32 score as a 32-bit integer of the same order. When there are more than MAX_KEYS distinct keys,
@@ -228,6 +228,17 @@ def f1_max(table: Tensor) -> tuple[float, float]:
     return float(f1[best]), key_score(key[best])
 
 
+def f1_at(table: Tensor, threshold: float) -> float:
+    """F1 of the prediction score >= threshold, a threshold that was chosen elsewhere.
+
+    Raises:
+        ZooError: one class only.
+    """
+    key, fp, tp, _ = _descend(table)
+    called = int(np.count_nonzero(key >= int(order_keys(torch.tensor(threshold)))))  # rows
+    return float(2 * tp[called - 1] / (tp[called - 1] + fp[called - 1] + tp[-1])) if called else 0.0
+
+
 def aupro(table: Tensor, limit: float = 0.3) -> float:
     """Normalised area under the per-region overlap curve up to a false-positive rate.
 
@@ -253,3 +264,37 @@ def aupro(table: Tensor, limit: float = 0.3) -> float:
         pro_limit = pro[end - 1] + (pro[end] - pro[end - 1]) * (limit - fpr[end - 1]) / (fpr[end] - fpr[end - 1])
         fpr, pro = np.append(fpr[:end], limit), np.append(pro[:end], pro_limit)
     return float(np.trapezoid(pro, fpr) / limit)
+
+
+def pro_dfr200(table: Tensor, steps: int = 200, limit: float = 0.3) -> float:
+    """The per-region overlap of DFR's recipe, under its own name: neither exact nor comparable with `aupro`.
+
+    Of thresholds equally spaced from the highest score down to the lowest, those with a false-positive rate of at most
+    `limit` are kept; then overlap and rate are each stretched to [0, 1] before the area is taken. Stretching divides by
+    the overlap at the cut, and of heavy-tailed scores few thresholds are kept, so the number depends on the scale of
+    the scores. Much code computes it, with 200 steps or more, and calls it PRO.
+
+    Args:
+        table: merged table whose abnormal pixels carry `region_weights`.
+        steps: thresholds.
+        limit: false-positive rate.
+
+    Returns:
+        The area, or NaN where the recipe divides by zero: all kept thresholds have one rate or one overlap.
+
+    Raises:
+        ZooError: one class only.
+
+    Source: Yang et al., "DFR: Deep Feature Reconstruction" (2020), its code; score > threshold, as there.
+    """
+    key, fp, _, weight = _descend(table)
+    clipped = np.clip(key, ~INFINITY_KEY, INFINITY_KEY).astype(np.int32)
+    scores = (clipped ^ ((clipped >> 31) & np.int32(0x7FFFFFFF))).view(np.float32).astype(np.float64)  # descending
+    thresholds = scores[0] - np.arange(steps) * ((scores[0] - scores[-1]) / steps)
+    called = np.searchsorted(-scores, -thresholds)  # (steps,) rows with score > threshold
+    fpr, pro = (np.append(0, sums)[called] / sums[-1] for sums in (fp, weight))
+    fpr, pro = fpr[fpr <= limit], pro[fpr <= limit]
+    if not np.ptp(fpr) or not np.ptp(pro):
+        return float("nan")
+    fpr, pro = ((values - values.min()) / np.ptp(values) for values in (fpr, pro))
+    return float(np.trapezoid(pro, fpr))

@@ -1,5 +1,7 @@
 """All metrics of an evaluation, from one pass over its scores."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,41 @@ class AnomalyMetrics(RankMetric):
         if not self.unmasked and pixels[:, 2].any():
             metrics |= self._level("pixel", pixels) | {"pixel_aupro": ranking.aupro(pixels)}
         return metrics
+
+    def thresholds(self) -> dict[str, float]:
+        """The threshold of the highest F1, by level: `image` and, where there are pixel metrics, `pixel`.
+
+        Raises:
+            ZooError: all images are of one class.
+        """
+        return {level: ranking.f1_max(table)[1] for level, table in self._measurable().items()}
+
+    def further(self, thresholds: dict[str, float]) -> dict[str, float]:
+        """Metrics that are offered under names of their own beside those of `compute`.
+
+        Args:
+            thresholds: by level, as `thresholds` gave them on other images; {} for none.
+
+        Returns:
+            `image_f1_at_val` and `pixel_f1_at_val` (F1 of score >= threshold), and `pixel_pro_dfr200`; left out is
+            what can't be measured.
+
+        Raises:
+            ZooError: all images are of one class.
+        """
+        tables = self._measurable()
+        found = {f"{k}_f1_at_val": ranking.f1_at(tables[k], t) for k, t in thresholds.items() if k in tables}
+        if "pixel" in tables and not math.isnan(pro := ranking.pro_dfr200(tables["pixel"])):
+            found["pixel_pro_dfr200"] = pro
+        return found
+
+    def _measurable(self) -> dict[str, Tensor]:
+        """The merged tables of all processes, of the levels that can be measured."""
+        with self.sync_context():
+            tables = {"image": self._table("image"), "pixel": self._table("pixel")}
+            if self.unmasked or not tables["pixel"][:, 2].any():
+                del tables["pixel"]
+        return tables
 
     @staticmethod
     def _level(level: str, table: Tensor) -> dict[str, float]:

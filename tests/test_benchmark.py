@@ -1,0 +1,408 @@
+"""A benchmark as its user meets it: runs, stops, failures, and what is rendered from the records."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from PIL import Image
+from safetensors.torch import save_file
+
+from zoo import paper
+from zoo.benchmark import publishable, read_index
+from zoo.cards import FURTHER, METRICS
+from zoo.checkpoint import dump
+from zoo.cli import main
+from zoo.data import load_data
+from zoo.data.halves import halves
+from zoo.nn.features import find_weights
+from zoo.plan import Plan, jobs_of, run_key, trainer_options
+from zoo.report import render
+from zoo.trial import run
+
+DATA = "synthetic:train=50,good=9,defect=14,size=64"
+SIZES = {"padim": {"input_size": 64, "dims": 20}, "stfpm": {"input_size": 64}}
+LITE = ["--preset", "lite", "--batch-size", "10", "--device", "cpu"]
+
+
+def command(out, *methods, seeds=1, budget=4, arguments=None, data=DATA):
+    given = {method: SIZES[method] | (arguments or {}).get(method, {}) for method in methods}
+    about = ["--data", data, "--out", out, "--methods", *methods, "--seeds", seeds, "--budget", budget]
+    return [str(part) for part in ["benchmark", *about, *LITE, "--arguments", json.dumps(given)]]
+
+
+def records_of(out):
+    return {path.stem: json.loads(path.read_text()) for path in (out / "runs").glob("*.json")}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A benchmark in which a method failed at first, and was run again with its cause removed and one more seed."""
+    root = tmp_path_factory.mktemp("bench")
+    out, weights = root / "out", root / "secret place" / "weights.safetensors"
+    arguments = {"stfpm": {"backbone_weights": str(weights)}}
+    assert main(command(out, "padim", "stfpm", arguments=arguments)) == 0
+    first = root / "first"
+    shutil.copytree(out, first)
+    before = (out / "runs" / "padim-seed0.json").stat().st_mtime_ns
+
+    weights.parent.mkdir()
+    save_file({k: v.contiguous() for k, v in find_weights("tf_efficientnet_lite0")[0].items()}, weights)
+    assert main(command(out, "padim", "stfpm", seeds=2, arguments=arguments)) == 0
+    return {"out": out, "first": first, "before": before, "root": root}
+
+
+def test_a_failing_method_is_survived_and_says_why(bench, capsys):
+    found = records_of(bench["first"])
+    assert set(found) == {"padim-seed0", "stfpm-seed0"}
+    assert found["padim-seed0"]["metrics"] and "weights.safetensors" in found["stfpm-seed0"]["failed"]
+    for path in ("table3.md", "table3.tex", "table3.csv", "index.html", "runs/stfpm-seed0.json", "benchmark.json"):
+        text = (bench["first"] / path).read_text()
+        assert "weights.safetensors" in text and "secret place" not in text and str(bench["root"]) not in text
+    with open(bench["first"] / "table3.csv") as file:
+        rows = {row["method"]: row for row in csv.DictReader(file)}
+    assert rows["stfpm"]["seeds"] == "0" and rows["stfpm"]["image_auroc_mean"] == "" and rows["stfpm"]["failed"]
+    assert rows["padim"]["seeds"] == "1" and not rows["padim"]["failed"] and rows["padim"]["image_auroc_sd"] == ""
+
+
+def test_a_rerun_repeats_nothing_and_tries_again_what_failed(bench):
+    out = bench["out"]
+    assert set(records_of(out)) == {f"{method}-seed{seed}" for method in ("padim", "stfpm") for seed in (0, 1)}
+    assert not any("failed" in record for record in records_of(out).values())
+    assert (out / "runs" / "padim-seed0.json").stat().st_mtime_ns == bench["before"]
+
+
+def test_records_say_what_was_run(bench):
+    for name, record in records_of(bench["out"]).items():
+        assert record["seed"] == int(name[-1]) and set(record["readings"]) >= {"held_out", "full"}
+        assert record["protocol"]["name"] == "house" and record["cost"]["ms_per_image"] > 0
+        weights = bench["out"] / "models" / name / "model.safetensors"
+        assert record["cost"]["checkpoint_mb"] == pytest.approx(weights.stat().st_size / 2**20, abs=0.01)
+        assert record["peak_memory_mb"] > 100 and record["seconds"]["fit"] > 0
+        assert str(bench["root"]) not in json.dumps(record)
+    stfpm = records_of(bench["out"])["stfpm-seed1"]
+    assert stfpm["training"]["steps"] == 4 and stfpm["training"]["selection"]["rule"] == "image_auroc"
+    stored = json.loads((bench["out"] / "halves.json").read_text())
+    test = load_data(DATA)["test"].with_format(None)
+    names = list(test["path"])
+    val, held_out = halves(list(test["label"]), names)
+    assert stored == {"seed": 0, "val": [names[i] for i in val], "held_out": [names[i] for i in held_out]}
+
+
+def expected_rows(out):
+    """Mean and spread by reading, method and figure, straight from the records."""
+    values = {}
+    for record in records_of(out).values():
+        for reading, found in record["readings"].items():
+            costs = {"ms_per_image": record["cost"]["ms_per_image"], "peak_memory_mb": record["peak_memory_mb"]}
+            costs |= {"fit_seconds": record["seconds"]["fit"], "checkpoint_mb": record["cost"]["checkpoint_mb"]}
+            for key, value in (found["metrics"] | costs).items():
+                values.setdefault((reading, record["method"], key), []).append(value)
+    return {key: (statistics.mean(found), statistics.stdev(found)) for key, found in values.items()}
+
+
+def test_the_csv_is_that_of_the_records(bench):
+    expected = expected_rows(bench["out"])
+    with open(bench["out"] / "table3.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["reading"], row["method"]) for row in rows] == [
+        *[(reading, method) for reading in ("held_out", "full") for method in ("padim", "stfpm")],
+        ("last", "stfpm"),
+    ]
+    seen = set()
+    for row in rows:
+        for column in (name for name in row if name.endswith("_mean") and row[name]):
+            key = (row["reading"], row["method"], column.removesuffix("_mean"))
+            assert float(row[column]) == pytest.approx(expected[key][0], rel=1e-5, abs=1e-6)
+            assert float(row[f"{key[2]}_sd"]) == pytest.approx(expected[key][1], rel=1e-4, abs=1e-6)
+            seen.add(key)
+    assert seen == expected.keys()
+
+
+@pytest.mark.parametrize("kind", ["md", "tex", "html"])
+def test_the_tables_are_those_of_the_records(bench, kind):
+    """Each table is parsed back; a cell is mean and spread in percent."""
+    text = (bench["out"] / ("index.html" if kind == "html" else f"table3.{kind}")).read_text()
+    if kind == "md":
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        lines = [[cell.strip() for cell in row.strip("|").split(" | ")] for row in rows]
+    elif kind == "tex":
+        assert text.count("\\toprule") == text.count("\\bottomrule") == 3
+        rows = [line.removesuffix(" \\\\") for line in text.splitlines() if " & " in line]
+        lines = [line.replace("$\\pm$", "±").split(" & ") for line in rows]
+    else:
+        rows = re.findall(r"<tr.*?</tr>", text)
+        lines = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+    heads = [i for i, line in enumerate(lines) if line[0] == "method"]
+    assert len(heads) == 3
+    expected, titles = expected_rows(bench["out"]), {title: key for key, title in (METRICS | FURTHER).items()}
+    compared = 0
+    for reading, start, end in zip(("held_out", "full", "last"), heads, [*heads[1:], len(lines)], strict=True):
+        for line in (line for line in lines[start + 1 : end] if line[0] in SIZES):
+            for title, cell in zip(lines[start], line, strict=True):
+                if title in titles and cell != "-":
+                    mean, deviation = expected[reading, line[0], titles[title]]
+                    assert cell == f"{100 * mean:.2f} ± {100 * deviation:.2f}"
+                    compared += 1
+    assert compared == sum(key[2] in METRICS | FURTHER for key in expected)
+
+
+def test_the_page_shows_what_lies_beside_it(bench):
+    out = bench["out"]
+    page = (out / "index.html").read_text()
+    links = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert "figure1.png" in links and "figure2.png" in links and len(links) > 10
+    for link in links:
+        assert not link.startswith(("/", "http", "file")), link
+        with Image.open(out / link) as image:
+            image.load()
+    listed = json.loads((out / "runs/padim-seed0/pictures.json").read_text())
+    kinds = {name.split("/")[1] for name in json.loads((out / "halves.json").read_text())["held_out"]} - {"good"}
+    assert {p["kind"] for p in listed if p["group"] == "hits"} == kinds
+    assert all(f"<h3>hits: {kind}</h3>" in page for kind in kinds) and "<h3>false alarms</h3>" in page
+    for place in (str(bench["root"]), str(Path.home()), "/tmp/", os.getcwd()):
+        assert place not in page
+    assert "2505.07576" not in page and "the paper's" not in page
+    assert not list(out.rglob("*.part"))
+    # The galleries show the extremes of what the records' scores say
+    rows = list(csv.DictReader(open(out / "models/padim-seed0/private/scores.csv")))
+    normals = sorted((float(row["score"]) for row in rows if row["label"] == "0"), reverse=True)
+    alarms = [picture["score"] for picture in listed if picture["group"] == "false alarms"]
+    assert alarms == pytest.approx(normals[:3], rel=1e-6)
+
+
+def test_text_of_a_data_set_is_escaped(bench, tmp_path):
+    out = named(bench["out"], tmp_path / "out", "<script>alert(1)</script> & co")
+    page = (out / "index.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page
+
+
+def named(source, out, name):
+    """A copy of a benchmark as if its data set had another name, rendered anew."""
+    shutil.copytree(source, out)
+    index = read_index(out)
+    index["common"]["data"]["name"] = name
+    (out / "benchmark.json").write_text(dump(index))
+    for path in (out / "runs").glob("*.json"):
+        record = json.loads(path.read_text())
+        method = record["method"]
+        record["benchmark"]["key"] = run_key(index["common"], method, index["methods"][method], record["seed"])
+        path.write_text(dump(record))
+    render(out)
+    return out
+
+
+def test_the_papers_figures_stand_beside_ours_on_miic_alone(bench, tmp_path):
+    out = named(bench["out"], tmp_path / "miic", "miic")
+    with open(out / "table3.csv") as file:
+        rows = list(csv.DictReader(file))
+    theirs = [row for row in rows if row["source"] != "zoo"]
+    assert [row["method"] for row in theirs if row["reading"] == "held_out"] == ["padim", "stfpm"]
+    assert all("paper" in row["source"] for row in theirs)
+    (padim,) = [row for row in theirs if (row["reading"], row["method"]) == ("full", "padim")]
+    assert float(padim["image_auroc_mean"]) == 0.8489 and float(padim["pixel_aupro_mean"]) == 0.953
+    assert padim["pixel_pro_dfr200_mean"] == "" and padim["seeds"] == "0"
+    page, text = (out / "index.html").read_text(), (out / "table3.md").read_text()
+    assert "84.89" in page and "padim, paper (arXiv 2505.07576)" in text and "\\textasciicircum" not in text
+    assert " ".join(paper.ABOUT.split()) in text and "possible explanations" in page
+    replica = named(bench["out"], tmp_path / "replica", "miic-replica")
+    for name in ("index.html", "table3.md", "table3.tex", "table3.csv"):
+        assert "2505" not in (replica / name).read_text() and "84.89" not in (replica / name).read_text()
+
+
+def test_the_papers_figures_are_those_of_its_table():
+    assert set(paper.STARRED) == {"ganomaly", "fanogan", "iad_inpainting"} and "riad" not in paper.TABLE3
+    assert paper.figures("miic", "cfa")["metrics"]["pixel_ap"] == 0.7891
+    assert paper.figures("miic", "ganomaly") == {
+        "source": paper.COPIED,
+        "metrics": {"image_auroc": 0.9334, "image_f1_max": 0.7464},
+    }
+    assert paper.figures("miic", "riad") is None and paper.figures("miic-replica", "cfa") is None
+
+
+def test_a_killed_benchmark_goes_on(tmp_path):
+    """Killed without a word in the middle of a fit: the fit leaves a checkpoint, and the same command ends the work."""
+    out = tmp_path / "out"
+    launch = [sys.executable, "-m", "zoo.cli", *command(out, "stfpm", budget=60)]
+    log = out / "logs" / "stfpm-seed0.log"
+    job = subprocess.Popen(launch, stdout=subprocess.DEVNULL)
+    while not (log.is_file() and "Step 12 of 60" in log.read_text()):
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.kill()
+    job.wait()
+    checkpoint = out / "unfinished" / "stfpm-seed0" / "last.ckpt"
+    deadline = time.monotonic() + 30
+    while not checkpoint.is_file():  # its run notices, and keeps what it has
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert not records_of(out)
+    again = subprocess.run(launch, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    record = records_of(out)["stfpm-seed0"]
+    assert record["resumed"] and record["training"]["steps"] == 60 and "Going on after" in log.read_text()
+    assert len(record["training"]["losses"]) == 10
+    with open(out / "table3.csv") as file:
+        assert next(csv.DictReader(file))["fit_seconds_mean"] == ""  # not those of a whole fit
+
+
+def test_a_run_that_was_fitted_is_not_fitted_again(bench, tmp_path):
+    """Killed between the fit and the record."""
+    out = tmp_path / "out"
+    shutil.copytree(bench["out"], out)
+    (out / "runs/stfpm-seed1.json").unlink()
+    given = {"stfpm": SIZES["stfpm"]}
+    _, jobs = jobs_of(Plan(DATA, ["stfpm"], out, 2, "lite", "4", arguments=given, device="cpu", batch_size=10))
+    run(jobs[1])
+    again, before = (records_of(place)["stfpm-seed1"] for place in (out, bench["out"]))
+    assert again["readings"] == before["readings"] and again["seconds"] == before["seconds"]
+    weights = [place / "models/stfpm-seed1/model.safetensors" for place in (out, bench["out"])]
+    assert weights[0].stat().st_mtime_ns == weights[1].stat().st_mtime_ns
+
+
+def here(plan):
+    """All runs of a plan in this process, and what is rendered from them."""
+    index, jobs = jobs_of(plan)
+    (plan.out / "runs").mkdir(parents=True)
+    (plan.out / "benchmark.json").write_text(dump(index))
+    for job in jobs:
+        run(job)
+    render(plan.out)
+    with open(plan.out / "table3.csv") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_papers_protocol(mvtec, tmp_path):
+    given = {"padim": SIZES["padim"]}
+    plan = Plan(str(mvtec), ["padim"], tmp_path / "out", 1, "lite", protocol="paper", arguments=given, device="cpu")
+    (row,) = here(plan)
+    record = records_of(plan.out)["padim-seed0"]
+    assert row["reading"] == "full" and record["eval_size"] == record["cost"]["image_size"] == [224, 224]
+    assert float(row["pixel_pro_dfr200_mean"]) == pytest.approx(
+        record["readings"]["full"]["metrics"]["pixel_pro_dfr200"], abs=1e-5
+    )
+    page = (plan.out / "index.html").read_text()
+    assert "Full test set at 224 x 224, masks thresholded" in page and "called" not in page
+    with Image.open(plan.out / "runs/padim-seed0/000.png") as picture:
+        assert picture.size == (2 * 192, 192)
+
+
+def test_images_without_masks_and_broken_ones(mvtec, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(mvtec, data, ignore=shutil.ignore_patterns("ground_truth"))
+    (data / "test/good/000.png").write_bytes(b"broken")
+    given = {"padim": SIZES["padim"]}
+    plan = Plan(str(data), ["padim"], tmp_path / "out", 1, "lite", arguments=given, device="cpu", skip_broken=True)
+    rows = here(plan)
+    assert [row["reading"] for row in rows] == ["held_out", "full"] and rows[1]["pixel_aupro_mean"] == ""
+    assert float(rows[1]["image_auroc_mean"]) > 0.5 and (plan.out / "figure1.png").is_file()
+    assert records_of(plan.out)["padim-seed0"]["readings"]["full"]["normal"] == 5
+    assert "PRO</th>" not in (plan.out / "index.html").read_text()
+
+
+def test_an_interrupt_ends_the_run_too(tmp_path):
+    out = tmp_path / "out"
+    launch = [sys.executable, "-m", "zoo.cli", *command(out, "stfpm", budget=2000)]
+    job = subprocess.Popen(launch, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = out / "logs" / "stfpm-seed0.log"
+    while not (log.is_file() and "Fitting" in log.read_text()):
+        assert job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(timeout=30) == 130 and "stopped" in job.stderr.read()
+    assert not records_of(out)
+
+
+def test_two_at_once_are_refused(tmp_path, capsys):
+    (tmp_path / "runs").mkdir()
+    with FileLock(tmp_path / ".lock").acquire(timeout=0):
+        assert main(command(tmp_path, "padim")) == 2
+    error = capsys.readouterr().err
+    assert "Another benchmark works in" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (dict(budget=5), 'another budget, "4"'),
+        (dict(data="synthetic:train=51,good=9,defect=14,size=64"), "another data"),
+        (dict(arguments={"padim": {"dims": 21}}), "another arguments of padim"),
+    ],
+)
+def test_another_configuration_is_refused(bench, change, match, capsys):
+    before = {name: dump(record) for name, record in records_of(bench["out"]).items()}
+    assert main(command(bench["out"], "padim", **change)) == 2
+    error = capsys.readouterr().err
+    assert match in error and "--out" in error and error.count("\n") == 1
+    assert {name: dump(record) for name, record in records_of(bench["out"]).items()} == before
+
+
+def test_figure_1_of_another_method_and_rendering_alone(bench, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(bench["out"], out)
+    drawn = {method: (out / f"runs/{method}-seed0/figure1.png").read_bytes() for method in ("padim", "stfpm")}
+    for method, picture in drawn.items():
+        assert main(["benchmark", "--render", str(out), "--figure-method", method]) == 0
+        assert (out / "figure1.png").read_bytes() == picture
+        assert f"predicted mask by {method}" in (out / "index.html").read_text()
+    capsys.readouterr()
+    assert main(["benchmark", "--render", str(out), "--figure-method", "cfa"]) == 2
+    assert "no Figure 1 by cfa" in capsys.readouterr().err
+    assert main(["benchmark", "--render", str(tmp_path)]) == 2 and "holds no benchmark" in capsys.readouterr().err
+
+
+def test_budgets():
+    assert trainer_options("padim", "lite", "300", "image_auroc") == {}
+    assert trainer_options("stfpm", "lite", "300", "last") == {"select": "last", "max_steps": 300}
+    assert trainer_options("stfpm", "lite", "10%", "last")["max_steps"] == 30
+    assert trainer_options("stfpm", "paper224", "10%", "last")["max_epochs"] == 10
+    assert trainer_options("stfpm", "paper224", "0.1%", "last")["max_epochs"] == 1
+    assert trainer_options("stfpm", "lite", None, "pixel_ap") == {"select": "pixel_ap"}
+
+
+def test_presets_about_steps_leave_methods_without_steps_alone(tmp_path):
+    index, jobs = jobs_of(Plan(DATA, ["padim", "stfpm"], tmp_path, 2, "mvtec_steps"))
+    assert index["methods"]["padim"]["preset"] == "paper224" and index["methods"]["stfpm"]["preset"] == "mvtec_steps"
+    assert [(job["method"], job["seed"]) for job in jobs] == [("padim", 0), ("stfpm", 0), ("padim", 1), ("stfpm", 1)]
+    assert len({job["key"] for job in jobs}) == 4
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "needs --data"),
+        (["--data", DATA, "--preset", "lite", "--seeds", "0"], "--seeds"),
+        (["--data", DATA, "--preset", "lite", "--budget", "10m"], "--budget"),
+        (["--data", DATA, "--preset", "lite", "--budget", "0%"], "--budget"),
+        (["--data", DATA, "--preset", "lite", "--budget", "0"], "at least 1"),
+        (["--data", DATA, "--preset", "lite", "--select", "best"], "--select"),
+        (["--data", DATA, "--preset", "lite", "--methods", "padin"], "did you mean padim"),
+        (["--data", DATA, "--preset", "lite", "--methods", "padim", "--arguments", '{"cfa": {}}'], "leaves out"),
+        (["--data", DATA, "--preset", "lite", "--arguments", '{"padim": {"dimms": 3}}'], "no argument 'dimms'"),
+        (["--data", DATA, "--preset", "lite", "--protocol", "our"], "--protocol"),
+        (["--data", "/nowhere/at/all", "--preset", "lite"], "/nowhere"),
+        (["--data", "synthetic:good=1,defect=7", "--preset", "lite"], "two normal and two anomalous"),
+        (["--data", DATA, "--methods", "stfpm"], "--preset lite"),
+    ],
+)
+def test_mistakes_are_one_sentence(argv, words, tmp_path, capsys):
+    assert main(["benchmark", *argv, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_places_of_this_machine_are_cut():
+    home = str(Path.home())
+    assert publishable(f"{home}/data/a b/x.png is broken", [f"{home}/data/a b"]) == "a b/x.png is broken"
+    assert publishable("No file /srv/users/ann/x.png; look.", []) == "No file x.png; look."
+    assert publishable("10 images/s, and/or 3/4", []) == "10 images/s, and/or 3/4"

@@ -1,0 +1,106 @@
+"""Pictures of a run: the paper's Figure 1, and what a method found best, missed worst and called wrongly."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from datasets import DatasetDict
+from PIL import Image
+
+from zoo import checkpoint, plots
+from zoo.data import load_data
+from zoo.data.datamodule import AnomalyDataModule
+from zoo.data.halves import kind_of
+from zoo.module import AnomalyModule
+
+EACH = 3  # hits and misses of a kind of defect, and false alarms
+FIGURE_ROWS = 6  # kinds of defects in Figure 1, at most
+SIDE = 192  # pixels of a picture in a gallery, at most
+INDEX, FIGURE1 = "pictures.json", "figure1.png"
+
+
+class Shown(NamedTuple):
+    """A test image as it was scored: image and map (H, W), the mask of its defect where there is one."""
+
+    image: np.ndarray
+    truth: np.ndarray | None
+    map: np.ndarray
+
+    def known(self) -> np.ndarray:
+        """The mask, empty where there is none."""
+        return np.zeros(self.map.shape, dtype=bool) if self.truth is None else self.truth
+
+
+def draw(
+    folder: Path, model: AnomalyModule, data: str, view: dict[str, int | None], threshold: float | None = None
+) -> None:
+    """Write `figure1.png`, the galleries' pictures and their list, `pictures.json`, into a folder.
+
+    Figure 1 shows of each kind of defect the image of median score, beside the normal images of median score. A
+    picture of a gallery is the image, its defect outlined, beside the heatmap.
+
+    Args:
+        model: calibrated, on the device to use; `scored` are the images to choose from.
+        data: DATA specification.
+        view: `resize` and `crop`, as the images were scored.
+        threshold: image score from which on an image is called anomalous; None says nothing of it.
+    """
+    normals = sorted((score, name) for name, label, score in model.scored if not label)
+    kinds = defaultdict(list)
+    for name, label, score in model.scored:
+        if label:
+            kinds[kind_of(name)].append((score, name))
+    picks = [("false alarms", "", pick) for pick in normals[::-1][:EACH]]
+    for kind, found in sorted(kinds.items()):
+        hits, rest = sorted(found)[::-1][:EACH], sorted(found)[:-EACH]
+        picks += [("hits", kind, pick) for pick in hits] + [("misses", kind, pick) for pick in rest[:EACH]]
+    defects = [sorted(found)[len(found) // 2][1] for _, found in sorted(kinds.items())][:FIGURE_ROWS]
+    middle = max(len(normals) // 2 - len(defects) // 2, 0)
+    beside = [name for _, name in normals[middle:][: len(defects)]]
+    names = {name for *_, (_, name) in picks} | {*defects, *beside}
+    shown = dict(_scored_again(model, data, view, names))
+    index = []
+    for number, (group, kind, (score, name)) in enumerate(picks):
+        file = f"{number:03d}.png"
+        plots.save_png(folder / file, _tile(shown[name], model))
+        called = None if threshold is None else score >= threshold
+        index.append({"group": group, "kind": kind, "score": score, "called": called, "file": file})
+    figure_rows = [
+        {"normal": shown[beside[i % len(beside)]].image, "defective": of.image, "truth": of.known(), "map": of.map}
+        for i, of in enumerate(shown[name] for name in defects)
+    ]
+    plots.figure1(figure_rows, model.calibration, folder / FIGURE1)
+    checkpoint.write_text(folder / INDEX, checkpoint.dump(index))
+
+
+@torch.inference_mode()
+def _scored_again(
+    model: AnomalyModule, data: str, view: dict[str, int | None], names: set[str]
+) -> Iterator[tuple[str, Shown]]:
+    """The named test images with their maps."""
+    test = load_data(data)["test"]
+    rows = [row for row, name in enumerate(test.with_format(None)["path"]) if name in names]
+    module = AnomalyDataModule(DatasetDict(train=test.select([]), test=test), **view)
+    for part in map(module.test_image, rows):
+        with model.autocast():
+            found = model(part.image.to(model.device)).map
+        image = part.image[0].movedim(0, -1).numpy()  # (H, W, C)
+        truth = None if part.mask is None else part.mask[0, 0].numpy()
+        image = image[..., 0] if image.shape[2] == 1 else image
+        yield part.name[0], Shown(image, truth, found[0, 0].float().cpu().numpy())
+
+
+def _tile(shown: Shown, model: AnomalyModule) -> np.ndarray:
+    """Image and heatmap side by side, uint8 (h, w, 3)."""
+    image = plots.outline(shown.image, shown.known())
+    return _small([image, plots.overlay(shown.image, shown.map, model.calibration)])
+
+
+def _small(views: Sequence[np.ndarray]) -> np.ndarray:
+    height, width = views[0].shape[:2]
+    scale = min(1.0, SIDE / max(height, width))
+    size: Any = (max(round(width * scale), 1), max(round(height * scale), 1))
+    return np.concatenate([np.asarray(Image.fromarray(view).resize(size)) for view in views], axis=1)

@@ -1,0 +1,166 @@
+"""The results of a benchmark, from its records alone: Table 3, Figures 1 and 2, and a page with all of it."""
+
+import json
+import shutil
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from zoo import paper, plots, summary
+from zoo.benchmark import read_index, read_records
+from zoo.checkpoint import write_text
+from zoo.errors import ZooError
+from zoo.methods import method_id
+
+GALLERY, FIGURE1 = "pictures.json", "figure1.png"  # as `zoo.gallery` writes them
+METRICS_NOTE = (
+    "Figures are in percent, mean and standard deviation over seeds. F1 is the maximum over all thresholds, chosen on "
+    "the evaluated images themselves; F1 at val threshold takes the threshold that was best on the val half. PR is "
+    "average precision. PRO is the exact area up to a false-positive rate of 0.3; PRO dfr200 is the recipe of 200 "
+    "equally spaced thresholds with both axes stretched, for comparison with papers that use it. The time of an image "
+    "is the median of images scored alone; a fit that went on after a stop is left out of fit s."
+)
+
+
+def render(out: Path, figure_method: str | None = None) -> list[Path]:
+    """Write table3.md, table3.tex, table3.csv, figure1.png, figure2.png and index.html into a benchmark's folder.
+
+    Args:
+        figure_method: whose Figure 1 is shown; None takes the one with the highest image AUROC.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ZooError: no benchmark there, or no run of that method.
+    """
+    index = read_index(out)
+    if not index:
+        raise ZooError(f"{out} holds no benchmark; make one: zoo benchmark --data DATA --out {out}.")
+    records = read_records(out, index)
+    found = summary.tables(index, records)
+    counted = next(iter(found.values()))
+    method = method_id(figure_method) if figure_method else summary.best_method(counted)
+    with_paper = any(row.source != summary.OURS for row in counted)
+    titles = {name: _title(name, index) for name in found}
+    about = {"index": index, "titles": titles, "note": METRICS_NOTE, "paper": paper.ABOUT if with_paper else None}
+    write_text(out / "table3.csv", summary.csv_of(found))
+    write_text(out / "table3.md", _markdown(found, about))
+    write_text(out / "table3.tex", _latex(found, about))
+    written = [out / name for name in ("table3.md", "table3.tex", "table3.csv")]
+    written += _figures(out, counted, records, method, figure_method)
+    pictures = {path.name for path in written}
+    page = _template().render(
+        about,
+        tables={name: (*summary.cells(rows), rows) for name, rows in found.items()},
+        facts=_facts(index, records),
+        figures=pictures,
+        figure_method=method,
+        galleries=_galleries(out, records),
+    )
+    write_text(out / "index.html", page)
+    return [*written, out / "index.html"]
+
+
+def _title(reading: str, index: dict[str, Any]) -> str:
+    """What a reading is, as a caption says it."""
+    common = index["common"]
+    title = summary.READINGS[reading]
+    selected = common["select"] not in ("last", "normal")
+    if common["protocol"] == "paper":
+        title += " at 224 x 224, masks thresholded, then resized by nearest"
+    if reading == "full" and selected:
+        title += f"; half of it chose the step of methods that take steps ({common['select']}): too good"
+    if reading == "held_out":
+        title += ", which no choice of a step has seen"
+    return title
+
+
+def _facts(index: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, str]:
+    """What was compared and on what, for the head of the page."""
+    common, done = index["common"], [record for record in records if "failed" not in record]
+    facts = {"data": f"{common['data']['name']} (fingerprint {common['data']['fingerprint'][:16]})"}
+    facts |= {"protocol": common["protocol"], "step chosen by": common["select"]}
+    presets = sorted({how["preset"] for how in index["methods"].values()})
+    facts |= {"preset": ", ".join(presets), "budget": common["budget"] or "the preset's"}
+    if done:
+        parts = {record["readings"].get("held_out", record["readings"]["full"])["anomalous"] for record in done}
+        facts["anomalous test images that count"] = ", ".join(map(str, sorted(parts)))
+        hardware = {_hardware(record) for record in done}
+        facts["hardware"] = "; ".join(sorted(hardware))
+        versions = {f"zoo {r['versions']['zoo']}, torch {r['versions']['torch']}" for r in done}
+        facts["versions"] = "; ".join(sorted(versions))
+    return facts
+
+
+def _hardware(record: dict[str, Any]) -> str:
+    found = record["hardware"]
+    where = found.get("gpu") or f"{found['processor']}, {found['cores']} thread{'s' * (found['cores'] > 1)}"
+    return f"{where}, {record['processes']} process{'es' * (record['processes'] > 1)}, {record['precision']}"
+
+
+def _markdown(found: dict[str, list[summary.Row]], about: dict[str, Any]) -> str:
+    parts = [f"# Benchmark on {about['index']['common']['data']['name']}"]
+    for name, rows in found.items():
+        parts += [f"## {about['titles'][name]}", summary.markdown(rows)]
+    parts += [about["note"], *([about["paper"]] if about["paper"] else [])]
+    return "\n\n".join(parts) + "\n"
+
+
+def _latex(found: dict[str, list[summary.Row]], about: dict[str, Any]) -> str:
+    parts = ["% needs \\usepackage{booktabs}"]
+    for name, rows in found.items():
+        parts += [f"% {about['titles'][name]}", summary.latex(rows)]
+    comment = [f"% {text}" for text in (about["note"], about["paper"]) if text]
+    return "\n".join([*parts, *comment]) + "\n"
+
+
+def _figures(
+    out: Path, rows: list[summary.Row], records: list[dict[str, Any]], method: str | None, asked: str | None
+) -> list[Path]:
+    """Figure 2 from the rows; Figure 1 is that of a run."""
+    written = []
+    bars = [row for row in rows if "image_f1_max" in row.values]
+    if bars:
+        named = [(row.label.replace(f", {row.source}", "\nthe paper's"), row.source == summary.OURS) for row in bars]
+        plots.figure2([(*name, row.values) for name, row in zip(named, bars, strict=True)], out / "figure2.png")
+        written.append(out / "figure2.png")
+    drawn = [
+        path
+        for record in records
+        if record["method"] == method and (path := out / "runs" / record["benchmark"]["name"] / FIGURE1).is_file()
+    ]
+    if asked and not drawn:
+        raise ZooError(f"There is no Figure 1 by {asked} in {out}; take a method that has run.")
+    if drawn:
+        temporary = out / ".figure1.png.part"
+        shutil.copyfile(drawn[0], temporary)
+        written.append(temporary.replace(out / FIGURE1))
+    return written
+
+
+def _galleries(out: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The pictures of each method's first run that has some, by kind of defect, as links beside the page."""
+    galleries: dict[str, dict[str, Any]] = {}
+    for record in records:
+        name, method = record["benchmark"]["name"], record["method"]
+        listed = out / "runs" / name / GALLERY
+        if method in galleries or not listed.is_file() or "failed" in record:
+            continue
+        groups: dict[str, list[dict[str, Any]]] = {}
+        for picture in json.loads(listed.read_text(encoding="utf-8")):
+            title = picture["group"] + (f": {picture['kind']}" if picture["kind"] else "")
+            groups.setdefault(title, []).append(picture | {"link": f"runs/{name}/{picture['file']}"})
+        galleries[method] = {"method": method.replace("_", "-"), "seed": record["seed"], "groups": groups}
+    return list(galleries.values())
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.from_string((files("zoo.hub_cards") / "benchmark.html.j2").read_text(encoding="utf-8"))
