@@ -233,6 +233,15 @@ def test_a_store_and_its_source_have_the_same_halves(mvtec, tmp_path):
     model, record = train("stfpm", 2, str(tmp_path / "store"), select="pixel_ap")
     assert evaluate(model, str(mvtec), record)["test_data"]["half"] and len(model.scored) == 6
 
+    data = tmp_path / "broken"  # a test image that a store leaves out: the half that has chosen is another one there
+    shutil.copytree(mvtec, data)
+    (data / "test/good/002.png").write_bytes(b"no image")
+    assert main(["data", "prepare", str(data), "--size", "64", "--out", str(tmp_path / "part"), "--skip-broken"]) == 0
+    steps = {"max_steps": 2, "select": "pixel_ap"}
+    model, _ = fit("stfpm", str(data), None, "lite", {"input_size": 64}, {"skip_broken": True}, steps)
+    with pytest.raises(ZooError, match="11 test images, where half of 12 chose"):
+        evaluate(model, str(tmp_path / "part"))
+
 
 def test_a_resume_needs_the_same_plan(tmp_path):
     def go(plan, *extra, **options):
@@ -265,6 +274,10 @@ def test_halves_are_stratified_disjoint_and_independent_of_the_order():
     again, _ = halves([labels[i] for i in order], [names[i] for i in order])
     assert {names[order[i]] for i in again} == {names[i] for i in validation}
     assert halves(labels, names, seed=1)[0] != validation
+    for i in range(30):  # one that is missing moves one other at most
+        kept = [j for j in range(30) if j != i]
+        part = {names[kept[j]] for j in halves([labels[j] for j in kept], [names[j] for j in kept])[0]}
+        assert len(part & {names[j] for j in reported}) <= 1
     named = [("test/scratch/3.png", "scratch"), ("bad/3.png", "bad"), ("test/good/lot7/3.png", "good")]
     named += [("Anomaly_test/abnormal_img/test_abnormal_00002.jpg", "abnormal_img")]
     assert all(kind_of(name) == kind for name, kind in named)

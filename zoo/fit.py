@@ -186,7 +186,12 @@ def fit(
         result["configuration"]["trainer"] = asdict(plan)
         result["training"] = trained(trainer, module, seconds["fit"])
         if by_metric:
-            model.selection = {"metric": plan.select, "fingerprint": spec.origin, "seed": SEED}
+            model.selection = {
+                "metric": plan.select,
+                "fingerprint": spec.origin,
+                "seed": SEED,
+                "test": spec.counts["test"],
+            }
             names = module.test_set.with_format(None)["path"]
             private["selection.csv"] = checkpoint.csv_text(["image"], [[name] for name in names])
     if module.broken:
@@ -232,6 +237,12 @@ def evaluate(
         raise ZooError(f"--data {data} has no {missing} test images; metrics need both classes.")
     options = DataOptions(**(model.view | (data_options or {})))
     chosen = model.selection is not None and model.selection["fingerprint"] == spec.origin
+    if chosen and model.selection.get("test", spec.counts["test"]) != spec.counts["test"]:
+        here, then = sum(spec.counts["test"]), sum(model.selection["test"])
+        raise ZooError(
+            f"--data {data} has {here} test images, where half of {then} chose this model's step: another half; "
+            "evaluate it on the images that it was fitted on."
+        )
     half = chosen and part in (None, "held_out")
     seed = model.selection["seed"] if chosen else SEED
     split = part_of_test(load_data(spec), part or ("held_out" if half else "full"), seed)

@@ -73,7 +73,7 @@ class AnomalyModule(LearningModule):
         self.mean, self.std = (0.5,) * self.channels, (0.5,) * self.channels
         self.calibration: Calibration | None = None
         self.preset: str | None = None
-        self.selection: dict[str, Any] | None = None  # metric, data and seed of the half that chose the weights
+        self.selection: dict[str, Any] | None = None  # metric, data, seed and size of what chose the weights
         self.view: dict[str, int | None] = {"resize": None, "crop": None}  # of the data module, in preset original
         self.metrics = AnomalyMetrics()
         self.scored: list[tuple[str, int, float]] = []  # (name, label, score) of the last validation or test
