@@ -8,7 +8,7 @@ pixel average precision stands pixel AUROC, which proves little: an untrained CF
 Methods without a backbone learn from pixels, and more slowly: they get more images, and are tested on more, so that
 chance tells less. f-AnoGAN is shown stripes, in which a square that is turned by 90 degrees is planted: its greys are
 those of its surroundings. On the synthetic set it stays at chance: its generator makes sharp layouts, but of 128
-numbers not the one that it is shown, so that what it rebuilds differs everywhere. The record has RIAD on both.
+numbers not the one that it is shown, so that what it rebuilds differs everywhere.
 
 Of scores that know nothing the image AUROC has mean 1/2 and variance (n + m + 1) / (12 n m) for n normal and m
 anomalous images (Mann and Whitney 1947): the mean of three seeds must exceed 1/2 by two deviations of such a mean.
