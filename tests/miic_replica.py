@@ -2,7 +2,8 @@
 
 `python tests/miic_replica.py OUT --train 23888 --normal 1272 --abnormal 116 --size 512 --workers 2` makes one of full
 size. Names and folders are those that readers of MIIC agree on; the names of the inpainting pairs are not known, and
-what is written here is only what the zoo understands. A file REPLICA at the root says that no figure of it is MIIC's.
+what is written here is only what the zoo understands. A file REPLICA at the root, and a comment in each image, say
+that no figure of it is MIIC's.
 """
 
 import argparse
@@ -17,11 +18,13 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
+from zoo.data.miic_layout import MARK
 from zoo.data.synthetic import KINDS, render
 
 TRAPS = {
     "leak": "Anomaly_train holds copies of all test images under their names, anomalies included",
     "duplicate": "two training images are copies of test images, under names of their own",
+    "pair_leak": "Inpainting_train has test images too, as either side of a pair, and under their names",
     "broken": "a training image is cut off in the middle",
     "empty_mask": "the mask of an abnormal image is black",
     "ringing": "masks are strongly compressed, so that many of their values lie between 0 and 255",
@@ -38,7 +41,8 @@ class Truth:
     normal: list[str] = field(default_factory=list)
     masks: dict[str, np.ndarray] = field(default_factory=dict)  # by abnormal image, (H, W) bool
     boxes: dict[str, list[int]] = field(default_factory=dict)  # column, row, width, height; from 0
-    pairs: list[tuple[str, str]] = field(default_factory=list)
+    pairs: list[tuple[str, str]] = field(default_factory=list)  # abnormal and normal, without those of `leaking`
+    leaking: list[str] = field(default_factory=list)  # abnormal images of pairs that have a test image
     copies: dict[str, str] = field(default_factory=dict)  # training image -> the test image that it is
     broken: list[str] = field(default_factory=list)
 
@@ -109,7 +113,7 @@ def _draw(item: tuple[int, str | None, str], root: Path, size: int, seed: int) -
     """Render and write one image; its mask where it has a defect."""
     index, kind, name = item
     image, mask = render(index, seed, size, kind)
-    Image.fromarray(image).save(root / name, quality=75)
+    Image.fromarray(image).save(root / name, quality=75, comment=MARK)
     return mask if kind else None
 
 
@@ -145,7 +149,7 @@ def _write_truth(root: Path, truth: Truth, quality: int, base: int) -> None:
 
 
 def _save(path: Path, mask: np.ndarray, quality: int) -> None:
-    Image.fromarray(mask.astype(np.uint8) * 255).save(path, quality=quality)
+    Image.fromarray(mask.astype(np.uint8) * 255).save(path, quality=quality, comment=MARK)
 
 
 def _set_traps(root: Path, truth: Truth, traps: set[str]) -> None:
@@ -157,6 +161,18 @@ def _set_traps(root: Path, truth: Truth, traps: set[str]) -> None:
         for copy, original in truth.copies.items():
             shutil.copyfile(root / original, root / copy)
             truth.train.remove(copy)
+    if "pair_leak" in traps:
+        defect = next(iter(truth.masks))
+        sides = {
+            "train_%s_90001": (truth.train[-1], truth.normal[0]),
+            "train_%s_90002": (defect, truth.train[-1]),
+            Path(truth.normal[0]).stem.replace("normal", "%s"): (truth.train[-2], truth.train[-2]),
+        }
+        for stem, originals in sides.items():
+            names = [f"Inpainting_train/{stem % kind}.jpg" for kind in ("abnormal", "normal")]
+            for original, name in zip(originals, names, strict=True):
+                shutil.copyfile(root / original, root / name)
+            truth.leaking.append(names[0])
     if "broken" in traps:
         truth.broken = [truth.train[1]]
         whole = (root / truth.train[1]).read_bytes()
@@ -181,7 +197,8 @@ if __name__ == "__main__":
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=0)
     options = vars(parser.parse_args())
-    options["pairs"] = options["pairs"] or max(options["train"] * 1312 // 23888, 1)
-    options["test_pairs"] = options["test_pairs"] or max(options["normal"] * 135 // 1272, 1)
+    for option, share in (("pairs", options["train"] * 1312 / 23888), ("test_pairs", options["normal"] * 135 / 1272)):
+        if options[option] is None:
+            options[option] = max(int(share), 1)
     written = make(options.pop("out"), **options)
     print(f"{len(written.train):,} images to train on; {len(written.normal):,} normal, {len(written.masks):,} abnormal")

@@ -24,9 +24,12 @@ from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import halves, part_of_test, validation_half
 from zoo.data.miic import MIIC, load_miic
 from zoo.data.rows import read_row
+from zoo.data.store import digest
 from zoo.errors import ZooError
 from zoo.fit import fit
 from zoo.hub import model_place
+from zoo.pairs import abnormal_and_clean
+from zoo.run import RunOptions
 
 
 def run(*argv):
@@ -46,6 +49,34 @@ def replica(made, tmp_path):
     return tmp_path / "miic", made[1]
 
 
+def unmarked(root):
+    """What says that it is an imitation is taken away."""
+    (root / "REPLICA").unlink()
+    segment = b"\xff\xfe" + (len(miic_layout.MARK) + 2).to_bytes(2, "big") + miic_layout.MARK
+    for path in root.rglob("*.jpg"):
+        assert (data := path.read_bytes()).count(segment) == 1
+        path.write_bytes(data.replace(segment, b""))
+    return root
+
+
+def owners_counts(monkeypatch, root):
+    """As if MIIC had as many images as this replica."""
+    counts = [len(list((root / folder).glob(pattern))) for folder, pattern in COUNTED]
+    monkeypatch.setattr(miic_layout, "COUNTS", dict(zip(miic_layout.COUNTS, counts, strict=True)))
+
+
+COUNTED = [
+    ("Anomaly_train", "train_normal_*"),
+    ("Anomaly_test/normal_img", "*"),
+    ("Anomaly_test/abnormal_img", "*"),
+]
+
+
+def sealed(index):
+    """With its own hash, as one who knows the format could write it."""
+    return json.dumps(index | {"sha256": digest({k: v for k, v in index.items() if k != "sha256"})})
+
+
 def names(rows, label=None):
     plain = rows.with_format(None)
     return [p for p, one in zip(plain["path"], plain["label"], strict=True) if label is None or one == label]
@@ -63,6 +94,17 @@ def same(a, b):
             other = b[split][name]
             assert label == other[0] and image.dtype == other[1].dtype and np.array_equal(image, other[1])
             assert (mask is None) == (other[2] is None) and (mask is None or np.array_equal(mask, other[2]))
+
+
+def test_a_replica_is_made_by_its_script(tmp_path):
+    script = Path(__file__).with_name("miic_replica.py")
+    counts = ["--train", "5", "--normal", "2", "--abnormal", "3", "--size", "32", "--pairs", "0", "--traps"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, script, tmp_path / "r", *counts], check=True, env=environment)
+    assert not any((tmp_path / "r/Inpainting_train").iterdir())
+    assert len(list((tmp_path / "r/Inpainting_test").iterdir())) == 2
+    spec = check_data(f"miic:{tmp_path / 'r'}")
+    assert spec.counts == {"train": [5, 0], "test": [2, 3]} and spec.pairs == ()
 
 
 # ---- who is trained on -----------------------------------------------------------------------------------------------
@@ -154,6 +196,10 @@ def test_counts_are_compared_with_the_owners(made, caplog, monkeypatch):
     [
         (lambda r: (r / "Anomaly_test/normal_img/test_abnormal_00099.jpg").write_bytes(b""), "among normal images"),
         (lambda r: (r / "Anomaly_test/abnormal_img/test_normal_00099.jpg").write_bytes(b""), "among abnormal images"),
+        (lambda r: (r / "Anomaly_test/normal_img/test_Abnormal_1_copy.jpg").write_bytes(b""), "called abnormal among"),
+        (lambda r: (r / "Anomaly_test/abnormal_img/copy of normal.jpg").write_bytes(b""), "called normal among"),
+        (lambda r: (r / "Anomaly_test/abnormal_mask/test_abnormal_00001_mask.png").write_bytes(b""), "to one image"),
+        (lambda r: (r / "Anomaly_test/abnormal_mask/test_abnormal_00001.jpg").write_bytes(b""), "00001_mask.jpg"),
         (lambda r: (r / "Anomaly_test/abnormal_mask/test_abnormal_00002_mask.jpg").unlink(), "00002.jpg has no mask"),
         (lambda r: (r / "Anomaly_test/abnormal_mask/test_abnormal_00099_mask.jpg").write_bytes(b""), "no image"),
         (lambda r: shutil.rmtree(r / "Anomaly_test/abnormal_img"), "abnormal_img does not exist"),
@@ -197,11 +243,39 @@ def test_fingerprint_is_that_of_the_content(made, tmp_path):
 
 
 def test_no_other_folder_passes_for_it(mvtec, tmp_path):
-    for name in ("miic", "miic-replica"):
+    for name in ("miic", "miic-partial", "miic-replica", "MIIC"):
         (tmp_path / name).symlink_to(mvtec)
         assert check_data(str(tmp_path / name)).name == "tiles"  # a link's own name is not published
         shutil.copytree(mvtec, tmp_path / "x" / name)
         assert check_data(str(tmp_path / "x" / name)).name == f"folder {name}"
+
+
+def test_only_the_owners_numbers_make_it_miic(replica, monkeypatch):
+    """Copies of test images in training don't change what it is; an image more or less does."""
+    root, truth = replica
+    unmarked(root)
+    assert check_data(f"miic:{root}").name == "miic-partial"
+    owners_counts(monkeypatch, root)
+    assert len(truth.train) == miic_layout.COUNTS["training"] - 2 and check_data(f"miic:{root}").name == "miic"
+    for name in ("Anomaly_train/train_normal_00009.jpg", "Anomaly_test/normal_img/test_normal_00009.jpg"):
+        kept = (root / name).read_bytes()
+        (root / name).unlink()
+        assert check_data(f"miic:{root}").name == "miic-partial"
+        (root / name).write_bytes(kept)
+    assert check_data(f"miic:{root}").name == "miic"
+
+
+@pytest.mark.parametrize("folder", ["Anomaly_train", "Anomaly_test/normal_img", "Anomaly_test/abnormal_img"])
+def test_a_replica_is_known_by_its_images(replica, monkeypatch, folder):
+    """Without its file REPLICA, by those of one folder alone."""
+    root = replica[0]
+    marked = {path: path.read_bytes() for path in (root / folder).iterdir()}
+    assert all(Image.open(path).info["comment"] == miic_layout.MARK for path in marked)
+    owners_counts(monkeypatch, unmarked(root))
+    assert check_data(f"miic:{root}").name == "miic"
+    for path, data in marked.items():
+        path.write_bytes(data)
+    assert check_data(f"miic:{root}").name == "miic-replica"
 
 
 # ---- where the defects are -------------------------------------------------------------------------------------------
@@ -242,10 +316,37 @@ def test_black_defects_are_inverted_if_all_are_black(replica, caplog):
     assert any("were inverted" in message for message in caplog.messages)
 
 
-def test_mixed_polarity_is_refused(replica):
-    write_mask(replica[0], 2, np.full((96, 96), 255))
-    with pytest.raises(ZooError, match="test_abnormal_00002_mask.jpg is white over 100%"):
-        load_data(f"miic:{replica[0]}")
+def test_most_masks_decide_on_their_polarity(replica, caplog):
+    root, truth = replica
+    write_mask(root, 2, np.full((96, 96), 255))
+    assert mask_of(root, 2)[1].all() and np.mean(mask_of(root, 1)[1]) < 0.5
+    assert any("more than half" in message and "test_abnormal_00002.jpg" in message for message in caplog.messages)
+    for number, drawn in enumerate(truth.masks.values(), 1):
+        if number != 5:
+            write_mask(root, number, 255 * ~drawn)
+    caplog.clear()
+    drawn = list(truth.masks.values())
+    assert np.array_equal(mask_of(root, 1)[1], drawn[0])
+    assert any("7 of 8 masks are mostly white: all were inverted" in message for message in caplog.messages)
+    assert any("more than half" in message and "test_abnormal_00005.jpg" in message for message in caplog.messages)
+
+
+def test_masks_of_other_kinds_follow_the_same_rule(replica):
+    """16 bits, and labels 0 and 1; inverted with the others."""
+    root, truth = replica
+    drawn = list(truth.masks.values())
+    folder = root / "Anomaly_test/abnormal_mask"
+
+    def write(invert):
+        for number, mask in enumerate(drawn, 1):
+            (folder / f"test_abnormal_{number:05d}_mask.jpg").unlink(missing_ok=True)
+            kind, top = {1: (np.uint16, 65535), 2: (np.uint8, 1)}.get(number, (np.uint8, 255))
+            levels = (mask ^ invert).astype(kind) * kind(top)
+            Image.fromarray(levels).save(folder / f"test_abnormal_{number:05d}_mask.png")
+
+    for invert in (False, True):
+        write(invert)
+        assert all(np.array_equal(mask_of(root, number)[1], mask) for number, mask in enumerate(drawn, 1))
 
 
 def test_a_mask_that_cannot_be_read_is_named_when_its_row_is(replica):
@@ -335,14 +436,15 @@ def rar(files):
 
 @pytest.fixture
 def archived(made, tmp_path):
-    """A folder of archives; two hold their folder, two what is in it."""
+    """A folder of archives; two hold their folder, one of them beside a text, and two what is in it."""
     root = tmp_path / "archives"
     root.mkdir()
     for name in FOLDERS:
         top = made[0] if "train" in name else made[0] / name
         files = [path for path in sorted((made[0] / name).rglob("*")) if path.is_file()]
-        content = rar({str(path.relative_to(top)): path.read_bytes() for path in files})
-        (root / f"{name}.rar").write_bytes(content)
+        content = {str(path.relative_to(top)): path.read_bytes() for path in files}
+        beside = {"readme.txt": b"read me"} if name == "Anomaly_train" else {}
+        (root / f"{name}.rar").write_bytes(rar(beside | content))
     shutil.copy(made[0] / "REPLICA", root)
     return root
 
@@ -383,7 +485,9 @@ def test_archives_are_unpacked_with_what_is_there(archived, made, tmp_path, name
     assert run("data", "prepare", f"miic:{archived}", "--size", 32, "--skip-broken") == 0
     assert capsys.readouterr().out.count("Unpacking") == 4
     assert check_data(f"miic:{archived}").fingerprint == check_data(f"miic:{made[0]}").fingerprint
-    assert check_data(f"miic:{archived}").pairs == archived / "Inpainting_train"
+    assert [str(a.relative_to(archived)) for a, _ in check_data(f"miic:{archived}").pairs] == [
+        a for a, _ in made[1].pairs if "train" in a
+    ]
     assert not [path for path in archived.iterdir() if path.name.endswith(".partial")]
     assert run("data", "prepare", f"miic:{archived}", "--size", 32, "--skip-broken") == 0
     assert "Unpacking" not in capsys.readouterr().out
@@ -459,6 +563,36 @@ def test_the_builder_notices_a_changed_folder(replica, built):
     assert len(built(root)["train"]) == len(truth.train) + 1
 
 
+def test_the_builder_sees_behind_links_and_its_configurations(made, tmp_path, built):
+    root, truth = made
+    (tmp_path / "linked").mkdir()
+    shutil.copytree(root, tmp_path / "real")
+    for path in (tmp_path / "real").iterdir():
+        (tmp_path / "linked" / path.name).symlink_to(path)
+    assert len(built(tmp_path / "linked")["train"]) == len(truth.train)
+    Image.fromarray(np.zeros((96, 96), np.uint8)).save(tmp_path / "real/Anomaly_train/train_normal_99999.jpg")
+    assert len(built(tmp_path / "linked")["train"]) == len(truth.train) + 1
+    assert len(built(tmp_path / "linked", config_name="inpainting")["train"]) == 3
+    for kind in ("abnormal", "normal"):
+        shutil.copyfile(root / truth.train[4], tmp_path / f"real/Inpainting_train/train_{kind}_77777.jpg")
+    assert len(built(tmp_path / "linked", config_name="inpainting")["train"]) == 4
+
+
+def test_the_builder_names_what_is_broken_and_gives_terms_to_miic_alone(replica, tmp_path, caplog):
+    root, truth = replica
+
+    def make_one():
+        builder = MIIC(data_dir=root, cache_dir=str(tmp_path / "cache"))
+        builder.download_and_prepare()
+        return builder.info
+
+    info = make_one()
+    assert [m for m in caplog.messages if "truncated" in m and truth.broken[0] in m]
+    assert not info.license and not info.homepage and "imitation" in info.description
+    unmarked(root)
+    assert "non-commercial" in make_one().license
+
+
 def test_pairs_are_a_configuration(made, built):
     root, truth = made
     data = built(root, config_name="inpainting")
@@ -504,33 +638,92 @@ def test_inpainting_learns_from_the_sets_own_pairs(made, tmp_path):
     assert record["train_data"]["inpainting_pairs"] == 3 and record["train_data"]["pairs_of"] == "miic-replica"
     others = tmp_path / "pairs"
     others.mkdir()
-    for path in (root / "Inpainting_train").glob("*_0000[12].jpg"):
+    for path in (root / "Inpainting_train").glob("train_*_0000[12].jpg"):
         shutil.copy(path, others)
     options["arguments"]["inpainting_pairs"] = str(others)
     _, record = fit("iad_inpainting", f"miic:{root}", None, "lite", trainer_options={"max_steps": 4}, **options)
     assert record["train_data"]["inpainting_pairs"] == 2 and "pairs_of" not in record["train_data"]
 
 
-def test_pairs_of_unknown_names_and_copies_among_them_are_told(replica, caplog):
+def test_no_test_image_is_in_a_pair_that_is_learned_from(replica, built, tmp_path, caplog):
+    """By content on either side, nor by name: in a fit, in the builder and in the export."""
     root, truth = replica
-    shutil.copyfile(root / truth.normal[0], root / "Inpainting_train/train_normal_00001.jpg")
+    wanted = [pair for pair in truth.pairs if pair[0].startswith("Inpainting_train")]
+    assert len(wanted) == 3 and len(truth.leaking) == 3
+    assert len(abnormal_and_clean(root / "Inpainting_train")) == 6
+    for kind in ("abnormal", "normal"):  # what macOS leaves beside a file
+        shutil.copyfile(root / truth.train[0], root / f"Inpainting_train/._train_{kind}_00001.jpg")
+    assert [tuple(str(p.relative_to(root)) for p in pair) for pair in check_data(f"miic:{root}").pairs] == wanted
     load_data(f"miic:{root}")
-    assert any("1 images of Inpainting_train are test images too" in message for message in caplog.messages)
+    assert any(m.startswith("3 pairs are left out of Inpainting_train, with test images") for m in caplog.messages)
+    assert [row["path"] for row in built(root, config_name="inpainting")["train"]] == [a for a, _ in wanted]
+    assert run("data", "export", f"miic:{root}", "--out", tmp_path / "set") == 0
+    pairs = datasets.load_dataset(str(tmp_path / "set"), "inpainting", cache_dir=str(tmp_path / "cache"))
+    assert list(pairs["train"]["path"]) == [a for a, _ in wanted]
+    small = {"arguments": {"input_size": 64, "width": 2}, "data_options": {"skip_broken": True}}
+    model, record = fit("iad_inpainting", f"miic:{root}", None, "lite", trainer_options={"max_steps": 4}, **small)
+    assert record["train_data"]["inpainting_pairs"] == 3
+    tested = {(root / name).read_bytes() for name in (*truth.normal, *truth.masks)}
+    assert not tested & {path.read_bytes() for pair in model.pairs for path in pair}
+
+
+def test_pairs_of_held_out_images_are_left_out_of_a_fit(replica, capsys):
+    root, truth = replica
+    for kind in ("abnormal", "normal"):
+        for path in (root / "Inpainting_train").glob(f"*_{kind}_0*.jpg"):
+            path.unlink()
+    good = [name for name in truth.train if name not in truth.broken]
+    for name in good:  # a clean version of each training image
+        number = Path(name).stem.rsplit("_", 1)[-1]
+        shutil.copyfile(root / name, root / f"Inpainting_train/train_normal_{number}.jpg")
+        Image.open(root / name).transpose(0).save(root / f"Inpainting_train/train_abnormal_{number}.jpg")
+    options = {"arguments": {"input_size": 64, "width": 2}, "data_options": {"skip_broken": True}}
+    run_options = RunOptions(say=print)
+    _, record = fit(
+        "iad_inpainting", f"miic:{root}", None, "lite", trainer_options={"max_steps": 4}, run=run_options, **options
+    )
+    about = record["train_data"]
+    assert about["images"] + about["held_out"] == len(good) and about["held_out"] >= 10
+    assert about["inpainting_pairs"] == about["images"]
+    assert f"{about['held_out']} more are left out" in capsys.readouterr().out
+
+
+def test_pairs_of_a_copy_are_learned_from_where_it_has_them(made, exported, cached, tmp_path, capsys):
+    options = {"arguments": {"input_size": 64, "width": 2}, "data_options": {"skip_broken": True}}
+    options |= {"trainer_options": {"max_steps": 4}, "run": RunOptions(say=print)}
+    scores = []
+    for data in (f"miic:{made[0]}", str(exported), "hub:me/miic"):
+        model, record = fit("iad_inpainting", data, None, "lite", **options)
+        assert record["train_data"]["inpainting_pairs"] == 3 and record["train_data"]["pairs_of"] == "miic-replica"
+        scores.append(model.predict(made[0] / made[1].normal[0]).score)
+    assert scores[0] == scores[1] == scores[2]  # the same pairs in the same order
+    store = tmp_path / "store"
+    assert run("data", "prepare", f"miic:{made[0]}", "--size", 64, "--out", store, "--skip-broken") == 0
+    capsys.readouterr()
+    _, record = fit("iad_inpainting", str(store), None, "lite", **options)
+    assert "inpainting_pairs" not in record["train_data"]
+    assert "This copy of miic-replica has no pairs to learn from at hand" in capsys.readouterr().out
+
+
+def test_pairs_of_unknown_names_are_told(replica, caplog):
+    root, _ = replica
     for i, path in enumerate(sorted((root / "Inpainting_train").iterdir())):
         path.rename(path.with_name(f"{i}.jpg"))
-    assert check_data(f"miic:{root}").pairs is None
+    assert check_data(f"miic:{root}").pairs == ()
     load_data(f"miic:{root}")
     assert any("no pairs by name" in message for message in caplog.messages)
 
 
-def test_terms_are_shown_once(replica, caplog, zoo_home):
+def test_terms_are_shown_once(replica, caplog, zoo_home, monkeypatch):
     root, _ = replica
     load_data(f"miic:{root}")
     assert "non-commercial" not in caplog.text  # nothing of it is MIIC's
-    (root / "REPLICA").unlink()
+    unmarked(root)
     caplog.set_level(logging.WARNING)
-    for _ in range(2):
+    for name in ("miic-partial", "miic", "miic"):  # a part of it has its terms
+        assert check_data(f"miic:{root}").name == name
         load_data(f"miic:{root}")
+        owners_counts(monkeypatch, root)
     assert caplog.text.count("non-commercial research only") == 1 and "10.21979/N9/WBLTFI" in caplog.text
     assert check_data(f"miic:{root}").name == "miic" and (zoo_home / "terms/miic").is_file()
     small = ("--preset", "lite", "--input-size", 64, "--dims", 20)
@@ -598,9 +791,10 @@ def test_parquet_is_a_data_set_of_the_library(made, exported, tmp_path):
 
 
 def test_the_card_carries_the_terms(replica, tmp_path):
-    (replica[0] / "REPLICA").unlink()
+    unmarked(replica[0])
     assert run("data", "export", f"miic:{replica[0]}", "--out", tmp_path / "set") == 0
     card = (tmp_path / "set/README.md").read_text()
+    assert "# miic-partial" in card and "no figure on this set is one on MIIC" in card
     assert "license: other" in card and "non-commercial research only" in card and "ICIP 2021" in card
 
 
@@ -625,7 +819,9 @@ def test_any_set_is_exported(mvtec, tmp_path):
 
 def test_an_export_is_not_written_over_and_not_read_when_damaged(exported, mvtec, tmp_path, capsys):
     assert run("data", "export", mvtec, "--out", exported) == 2
-    assert "is something else" in capsys.readouterr().err
+    assert f"of something else, or of files that have changed since; remove {exported}" in capsys.readouterr().err
+    assert run("data", "export", mvtec, "--out", mvtec) == 2
+    assert "exists and is something else" in capsys.readouterr().err
     copy = tmp_path / "copy"
     shutil.copytree(exported, copy)
     file = copy / "data/test-00000-of-00001.parquet"
@@ -636,6 +832,89 @@ def test_an_export_is_not_written_over_and_not_read_when_damaged(exported, mvtec
     (copy / "zoo.json").write_text(json.dumps(index | {"name": "miic"}))
     with pytest.raises(ZooError, match="zoo.json is damaged"):
         check_data(str(copy))
+
+
+def grey(path):
+    Image.fromarray(np.full((96, 96), 77, np.uint8)).save(path)
+
+
+def same_size(path):
+    """Other pixels, the same number of bytes."""
+    data = bytearray(path.read_bytes())
+    data[-60] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda r, out: same_size(r / "Anomaly_train/train_normal_00010.jpg"),
+        lambda r, out: [grey(r / f"Inpainting_train/train_{kind}_00050.jpg") for kind in ("normal", "abnormal")],
+        lambda r, out: savemat(r / "Anomaly_test/anomalyPosition.mat", {"p": np.ones((8, 4))}),
+        lambda r, out: same_size(r / "Anomaly_test/abnormal_bbox/test_abnormal_00001_bbox.jpg"),
+        lambda r, out: same_size(out / "data/train-00000-of-00001.parquet"),
+        lambda r, out: (out / "inpainting/train-00000-of-00001.parquet").unlink(),
+        lambda r, out: (out / "zoo.json").write_text("{}"),
+    ],
+    ids=["pixels", "pairs", "positions", "boxes", "damaged", "gone", "index"],
+)
+def test_an_export_is_there_only_if_all_of_it_is(replica, tmp_path, capsys, change):
+    export = ("data", "export", f"miic:{replica[0]}", "--out", tmp_path / "set")
+    assert run(*export) == 0 and run(*export) == 0
+    assert "is exported already, and whole" in capsys.readouterr().out
+    change(replica[0], tmp_path / "set")
+    assert run(*export) == 2
+    error = capsys.readouterr().err
+    assert f"remove {tmp_path / 'set'} or name another folder" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"../x.parquet": "0"}},
+        {"files": {"/x/data/train-00000-of-00001.parquet": "0"}},
+        {"files": ["data/train-00000-of-00001.parquet"]},
+        {"files": {"data/train-00000-of-00001.parquet": None}},
+        {"counts": {"train": [1, 0]}},
+        {"counts": {"train": [1, 0, 0], "test": [1]}},
+        {"counts": {"train": [1, 0], "test": ["1", 0]}},
+        {"counts": None},
+        {"name": None},
+        {"fingerprint": 1},
+        {"name": ...},
+    ],
+)
+def test_an_index_that_no_export_writes_is_one_sentence(exported, tmp_path, change, capsys):
+    index = json.loads((exported / "zoo.json").read_text())
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/zoo.json").write_text(sealed(index))
+    assert check_data(str(tmp_path / "set")).name == "miic-replica"  # the seal is right
+    (tmp_path / "set/zoo.json").write_text(sealed({k: v for k, v in (index | change).items() if v is not ...}))
+    assert run("fit", "padim", "--preset", "lite", "--data", tmp_path / "set", "--name", "x") == 2
+    error = capsys.readouterr().err
+    assert "zoo.json is damaged" in error and error.count("\n") == 1
+
+
+def test_a_user_who_is_not_there_is_one_sentence(tmp_path, capsys):
+    nobody = "~nobody-of-that-name/x"
+    for command in (
+        ("data", "prepare", nobody),
+        ("data", "prepare", f"miic:{nobody}"),
+        ("data", "prepare", "synthetic:train=2,size=32", "--out", nobody),
+        ("data", "export", nobody, "--out", tmp_path / "x"),
+        ("data", "export", "synthetic:train=2,size=32", "--out", nobody),
+        ("fit", "padim", "--preset", "lite", "--data", f"miic:{nobody}", "--name", "x"),
+        ("evaluate", nobody, "--data", "synthetic"),
+    ):
+        assert run(*command) == 2
+        error = capsys.readouterr().err
+        assert "write the path in full" in error and error.count("\n") == 1
+
+
+def test_archives_of_the_current_folder_are_left_alone(archived, monkeypatch, capsys):
+    monkeypatch.chdir(archived)
+    assert run("data", "prepare", "miic:") == 2
+    assert "write miic:DIR" in capsys.readouterr().err and not (archived / "Anomaly_train").exists()
 
 
 class Hub:
@@ -667,6 +946,14 @@ def test_nothing_is_uploaded_without_a_word_about_the_right_to(replica, tmp_path
     assert run(*export, "--i-have-the-right-to-share") == 0
     assert Hub.calls[1][2]["private"] is True
     assert Hub.calls[2][1:] == ("me/miic", Hub.calls[2][2]) and Hub.calls[2][2]["repo_type"] == "dataset"
+    assert "me/miic, which is private" in capsys.readouterr().out
+    place = tmp_path / "set"
+    (place / "notes.txt").write_text("not of the export")
+    written = {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()} - {"notes.txt"}
+    assert set(Hub.calls[2][2]["allow_patterns"]) == written and len(written) == 7
+    monkeypatch.setattr(Hub, "public", True)  # as it was before, whatever was asked for
+    assert run(*export, "--i-have-the-right-to-share", "--private", "false") == 0
+    assert "me/miic, which is public" in capsys.readouterr().out
 
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

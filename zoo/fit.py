@@ -22,7 +22,7 @@ from zoo import checkpoint, hub, ranks, record
 from zoo.calibration import default_calibration
 from zoo.callbacks import NotFinite
 from zoo.cards import render_card
-from zoo.data import DataSpec, check_data, load_data
+from zoo.data import DataSpec, check_data, load_data, load_pairs
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import SEED, part_of_test, validation_half
 from zoo.data.terms import terms_of
@@ -33,6 +33,7 @@ from zoo.metrics import ranking
 from zoo.metrics.bootstrap import intervals
 from zoo.module import AnomalyModule
 from zoo.nn.features import weights_at_hand
+from zoo.pairs import apart_from
 from zoo.ranks import launched
 from zoo.resume import Unfinished, WholeFiles, checkpoint_to_resume
 from zoo.run import RunOptions, device_of, plan_training
@@ -118,9 +119,6 @@ def fit(
     spec = check_data(data)
     if not spec.counts["train"][0]:
         raise ZooError(f"--data {data} has no normal images to fit on; put some into train/good or good.")
-    if own := spec.pairs if _takes_pairs(method) and not arguments.get("inpainting_pairs") else None:
-        arguments = arguments | {"inpainting_pairs": str(own)}
-        run.say(f"What to paint over is learned from the pairs of {spec.name}, in {own.name}.")
     model = create_model(method, preset, **arguments)
     model.precision = run.precision
     options = DataOptions(**(presets(method, preset).get("data", {}) | (data_options or {})))
@@ -138,6 +136,8 @@ def fit(
         use_defects=model.uses_defects,
         **asdict(options),
     )
+    wanted = _takes_pairs(method) and not arguments.get("inpainting_pairs")
+    own = wanted and _give_pairs(model, spec, module, run)
     needs = _announce(model, module, run, memory_limit)
     callbacks: list[L.Callback] = []
     limits = {"max_epochs": 1}
@@ -384,6 +384,19 @@ def _say_broken(module: AnomalyDataModule, run: RunOptions) -> None:
 
 def _takes_pairs(method: str) -> bool:
     return "inpainting_pairs" in signature(method)
+
+
+def _give_pairs(model: AnomalyModule, spec: DataSpec, module: AnomalyDataModule, run: RunOptions) -> bool:
+    """Let a model learn from the pairs of its data set, those left out whose clean image is held out."""
+    found = load_pairs(spec)
+    model.pairs = apart_from(found, module.holdout_set["image"]) if found else []
+    if model.pairs:
+        apart = len(found) - len(model.pairs)
+        more = f"; {apart:,} more are left out, whose clean images are held out" if apart else ""
+        run.say(f"What to paint over is learned from {len(model.pairs):,} pairs of {spec.name}{more}.")
+    elif found or spec.kind in ("store", "parquet", "hub"):
+        run.say(f"This copy of {spec.name} has no pairs to learn from at hand: corruptions are made instead.")
+    return bool(model.pairs)
 
 
 def _described(spec: DataSpec) -> dict[str, Any]:

@@ -9,12 +9,13 @@ from typing import Any
 
 from zoo import checkpoint
 from zoo.errors import ZooError
+from zoo.paths import user_path
 
 
 def registry() -> Path:
     """The folder of the local registry: `$ZOO_HOME/models`, by default under the user's cache folder."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("ZOO_HOME") or cache / "zoo").expanduser() / "models"
+    return user_path(os.environ.get("ZOO_HOME") or cache / "zoo") / "models"
 
 
 def model_place(name: str, home: Path | None = None) -> Path:
@@ -54,7 +55,7 @@ def find_model(name: str | Path) -> Path:
     Raises:
         ZooError: found nowhere, with the nearest names and the command that trains one.
     """
-    folder = Path(name).expanduser()
+    folder = user_path(name)
     if (folder / checkpoint.CONFIG).is_file() or (folder.is_dir() and ("/" in str(name) or os.sep in str(name))):
         return folder
     if isinstance(name, Path) or "/" in name or os.sep in name:

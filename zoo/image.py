@@ -73,7 +73,9 @@ def read_image(source: str | os.PathLike | bytes | dict | PIL.Image.Image | np.n
     return image
 
 
-def read_mask(source: str | os.PathLike | bytes | dict | PIL.Image.Image | np.ndarray) -> np.ndarray:
+def read_mask(
+    source: str | os.PathLike | bytes | dict | PIL.Image.Image | np.ndarray, lossy: bool = False
+) -> np.ndarray:
     """Decode one defect mask.
 
     A pixel is a defect when it lies above half of the full scale (127 of 255: JPEG masks ring around 0 and 255), or is
@@ -81,6 +83,7 @@ def read_mask(source: str | os.PathLike | bytes | dict | PIL.Image.Image | np.nd
 
     Args:
         source: as for `read_image`; arrays may also be bool.
+        lossy: it is a JPEG, whose low values are no labels but what black became: without a bright pixel it is empty.
 
     Returns:
         (H, W) bool, True = defect.
@@ -94,7 +97,7 @@ def read_mask(source: str | os.PathLike | bytes | dict | PIL.Image.Image | np.nd
         image = image.max(axis=2)  # (H, W, 3) -> (H, W)
     half = 0.5 if image.dtype.kind == "f" else np.iinfo(image.dtype).max // 2
     top = image.max()
-    if 0 < top <= half:
+    if 0 < top <= half and not lossy:
         if top == 1 and image.dtype.kind == "u":
             return image == 1
         where = _name(source)

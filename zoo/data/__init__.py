@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 from zoo.data import folder, miic_layout, parquet, store, synthetic
 from zoo.data.terms import show_terms
 from zoo.errors import ZooError
+from zoo.pairs import Pair
+from zoo.paths import absolute, user_path
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
 
 SYNTHETIC_VERSION = 4  # to be raised when the generator draws other images from the same options
 FORMS = "synthetic[:k=v,...], miic:DIR, hub:ORG/NAME[@REV], or a path to a folder (of images, prepared, or exported)"
-RESERVED = ("miic", "miic-replica")  # names in records that no folder of other images may have
+RESERVED = ("miic", "miic-partial", "miic-replica")  # names in records that no folder of other images may have
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,13 @@ class DataSpec:
 
     Attributes:
         kind: synthetic, miic, hub, store, parquet or folder.
-        name: as it may be published: the specification, "miic", or a folder's own name without its place.
+        name: as it may be published: the specification, that of `RESERVED` which fits MIIC's layout, or a folder's own
+            name without its place.
         fingerprint: SHA-256 over names, labels and sizes (or the options of a generator), the same on each machine.
         counts: images by split and label: {"train": [normal, anomalous], "test": [...]}.
         options: of the generator, or `repo` and `revision` (a commit) of the hub.
         origin: fingerprint of what a store or an export was made from; else the same as `fingerprint`.
-        pairs: folder of the set's own pairs of abnormal and clean images, where it has some.
+        pairs: paths of the set's own pairs of abnormal and clean images to train on, where they are files.
     """
 
     kind: str
@@ -42,7 +45,7 @@ class DataSpec:
     options: dict[str, Any] | None = None
     path: Path | None = None
     source: str | None = None
-    pairs: Path | None = None
+    pairs: tuple[Pair, ...] = ()
 
     @property
     def origin(self) -> str:
@@ -58,15 +61,15 @@ def check_data(spec: str) -> DataSpec:
     kind, _, rest = spec.partition(":")
     if kind == "synthetic":
         return _check_synthetic(spec, rest)
-    if kind == "miic" and not Path(spec).exists():
-        layout = miic_layout.scan(_needed(rest, "miic:DIR"))
+    if root := miic_folder(spec):
+        layout = miic_layout.scan(root)
         identity, counts = folder.fingerprint(layout.splits), _counts(layout.splits)
-        return DataSpec("miic", layout.name, identity, counts, path=layout.root, pairs=layout.pairs)
+        return DataSpec("miic", layout.name, identity, counts, path=layout.root, pairs=tuple(layout.pairs["train"]))
     if kind == "hub" and not Path(spec).exists():
         repo, revision = parquet.parse_repo(_needed(rest, "hub:ORG/NAME"))
-        place = parquet.fetch(repo, revision, whole=False)
+        place = parquet.fetch(repo, revision)
         return _check_parquet("hub", place, {"repo": repo, "revision": place.name})
-    path = Path(spec).expanduser()
+    path = user_path(spec)
     if (path / store.INDEX).is_file():
         index = store.read_index(path)
         source = index["source"]["fingerprint"]
@@ -77,7 +80,7 @@ def check_data(spec: str) -> DataSpec:
         raise ZooError(f"There is no data {spec}; DATA is {FORMS}.")
     splits = folder.scan(path)
     name = path.resolve().name
-    name = f"folder {name}" if name in RESERVED else name
+    name = f"folder {name}" if name.casefold() in RESERVED else name
     return DataSpec("folder", name, folder.fingerprint(splits), _counts(splits), path=path)
 
 
@@ -85,7 +88,7 @@ def load_data(spec: str | DataSpec) -> "DatasetDict":
     """The `datasets.DatasetDict` of a DATA specification; images stay where they are until they are read.
 
     Raises:
-        ZooError: as `check_data`; masks of MIIC whose polarity is unclear, a damaged file of parquet.
+        ZooError: as `check_data`; a damaged file of parquet.
     """
     spec = check_data(spec) if isinstance(spec, str) else spec
     show_terms(spec.name)  # of a copy, a store or an export too
@@ -96,15 +99,52 @@ def load_data(spec: str | DataSpec) -> "DatasetDict":
 
         return load_miic(spec.path)
     if spec.kind in ("hub", "parquet"):
-        return parquet.load_parquet(parquet.fetch(**spec.options, whole=True) if spec.kind == "hub" else spec.path)
+        return parquet.load_parquet(_place(spec, "data/*.parquet"))
     return store.load_store(spec.path) if spec.kind == "store" else folder.load_folder(spec.path)
 
 
-def files_digest(spec: DataSpec) -> str | None:
-    """A digest of the times of a data set's files, on this machine alone; None where it isn't files of images."""
+def load_pairs(spec: DataSpec) -> list[Pair]:
+    """The set's own pairs of abnormal and clean images to train on; none where it has none at hand, as a store.
+
+    Those of a parquet form are in memory: 76 MB for as many as MIIC has.
+
+    Raises:
+        ZooError: a damaged file of parquet.
+    """
+    if spec.kind in ("hub", "parquet"):
+        return parquet.load_pairs(_place(spec, f"{parquet.PAIRS}*.parquet"))
+    return list(spec.pairs)
+
+
+def files_digest(spec: DataSpec, further: bool = False) -> str | None:
+    """A digest of the times of a data set's files, on this machine alone; None where it isn't files of images.
+
+    Args:
+        further: of MIIC's boxes and pairs too, besides images and masks.
+    """
     if spec.kind == "miic":
-        return folder.files_digest(miic_layout.scan(spec.path).splits)
-    return folder.files_digest(folder.scan(spec.path)) if spec.kind == "folder" else None
+        layout = miic_layout.scan(spec.path)
+        if further:
+            return miic_layout.files_digest(layout)
+        return folder.times_digest(layout.root, folder.paths_of(layout.splits))
+    if spec.kind == "folder":
+        return folder.times_digest(absolute(spec.path), folder.paths_of(folder.scan(spec.path)))
+    return None
+
+
+def miic_folder(spec: str) -> Path | None:
+    """DIR of `miic:DIR`, absolute; None if DATA is another thing.
+
+    Raises:
+        ZooError: it names nothing, or a user who isn't there.
+    """
+    kind, _, rest = spec.partition(":")
+    return absolute(_needed(rest, "miic:DIR")) if kind == "miic" and not Path(spec).exists() else None
+
+
+def _place(spec: DataSpec, pattern: str) -> Path:
+    """The folder of a parquet form, with the files of a pattern where it comes from the hub."""
+    return parquet.fetch(**spec.options, pattern=pattern) if spec.kind == "hub" else spec.path
 
 
 def _check_synthetic(spec: str, rest: str) -> DataSpec:

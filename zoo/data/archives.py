@@ -83,8 +83,8 @@ def _unpack(archive: Path, place: Path, tools: dict[str, str]) -> None:
         command = [path, *TOOLS[name](str(archive), str(temporary))]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace")
         if done.returncode == 0 and any(temporary.iterdir()):
-            inner = temporary / place.name  # as archives of a folder hold it; else they hold its files
-            (inner if [*temporary.iterdir()] == [inner] else temporary).rename(place)
+            inner = temporary / place.name  # as archives of a folder hold it, a readme beside it or not
+            (inner if inner.is_dir() else temporary).rename(place)  # else they hold what is in it
             shutil.rmtree(temporary, ignore_errors=True)
             return
         said = " ".join((done.stderr or done.stdout).split())

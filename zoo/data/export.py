@@ -13,10 +13,11 @@ import numpy as np
 from PIL import Image
 
 from zoo import checkpoint
-from zoo.data import DataSpec, check_data, load_data, parquet
+from zoo.data import DataSpec, check_data, files_digest, load_data, parquet
 from zoo.data.store import digest, file_hash
 from zoo.data.terms import terms_of
 from zoo.errors import ZooError
+from zoo.paths import absolute
 
 if TYPE_CHECKING:
     import datasets
@@ -25,6 +26,7 @@ SHARD = 8192  # images a file
 GROUP = 128  # rows that are in memory at once
 IMAGES = {"image", "mask", "abnormal", "normal"}  # columns
 FOLDERS = {"default": "data", "inpainting": "inpainting"}  # of configurations
+EXTRAS = CARD, HALVES = "README.md", "halves.json"  # beside the index and the files that it lists
 
 
 def export_data(data: str, out: str, push: str | None, private: bool, allowed: bool, progress: bool) -> Path:
@@ -46,20 +48,36 @@ def export_data(data: str, out: str, push: str | None, private: bool, allowed: b
     """
     if push:
         _check_push(data, push, allowed)
-    spec, place = check_data(data), Path(os.path.abspath(Path(out).expanduser()))
+    spec, place = check_data(data), absolute(out)
     about = {"name": spec.name, "fingerprint": spec.origin, "counts": spec.counts}
-    index = parquet.read_index(place) if (place / parquet.INDEX).is_file() else None
-    if index and {key: index[key] for key in about} == about:
-        print(f"{data} is exported already in {place}.")
+    # An image that was written anew may have its old size, and pairs and boxes are in no fingerprint.
+    about["made_of"] = digest([spec.kind, spec.fingerprint, files_digest(spec, further=True)])
+    if _is_there(place, about):
+        print(f"{data} is exported already, and whole, in {place}.")
     else:
-        if os.path.lexists(place) and (not place.is_dir() or any(place.iterdir())):
-            raise ZooError(f"{place} exists and is something else; name another folder by --out.")
         _write(spec, about, place, progress)
         print(f"Exported {sum(map(sum, spec.counts.values())):,} images to {place}.")
     if push:
-        _push(place, push, private)
-        print(f"Uploaded to {push}, {'private' if private else 'public'}.\nNext: zoo fit METHOD --data hub:{push}")
+        seen = _push(place, push, private)
+        print(f"Uploaded to {push}, which is {seen}.\nNext: zoo fit METHOD --data hub:{push}")
     return place
+
+
+def _is_there(place: Path, about: dict[str, Any]) -> bool:
+    """Whether just this export is there, each file of it checked; False if nothing is."""
+    if not os.path.lexists(place) or (place.is_dir() and not any(place.iterdir())):
+        return False
+    if not (place / parquet.INDEX).is_file():
+        raise ZooError(f"{place} exists and is something else; name another folder by --out.")
+    remedy = f"remove {place} or name another folder by --out."
+    try:
+        index = parquet.read_index(place)
+        parquet.checked_files(place, index)
+    except ZooError as error:
+        raise ZooError(f"{str(error).partition(';')[0]}; {remedy}") from error
+    if {key: index.get(key) for key in about} != about:
+        raise ZooError(f"{place} is an export of something else, or of files that have changed since; {remedy}")
+    return True
 
 
 def _write(spec: DataSpec, about: dict[str, Any], place: Path, progress: bool) -> None:
@@ -85,8 +103,8 @@ def _write(spec: DataSpec, about: dict[str, Any], place: Path, progress: bool) -
         index["files"] = {name: file_hash(temporary / name) for name in names}
         (temporary / parquet.INDEX).write_text(checkpoint.dump(index | {"sha256": digest(index)}), encoding="utf-8")
         if halved := _halves(configurations["default"]["test"]):
-            (temporary / "halves.json").write_text(checkpoint.dump(halved), encoding="utf-8")
-        (temporary / "README.md").write_text(_card(spec, configurations, sizes, halved), encoding="utf-8")
+            (temporary / HALVES).write_text(checkpoint.dump(halved), encoding="utf-8")
+        (temporary / CARD).write_text(_card(spec, configurations, sizes, halved), encoding="utf-8")
 
 
 def _configurations(spec: DataSpec) -> dict[str, datasets.DatasetDict]:
@@ -206,15 +224,24 @@ def _check_push(data: str, repo: str, allowed: bool) -> None:
         )
 
 
-def _push(place: Path, repo: str, private: bool) -> None:
+def _push(place: Path, repo: str, private: bool) -> str:
+    """Upload what was written, and nothing else that lies there; says whether it is private or public there."""
     from huggingface_hub import HfApi, errors
 
     api = HfApi()
     try:
         api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
-        if private and not api.repo_info(repo, repo_type="dataset").private:  # it was there before
+        is_private = api.repo_info(repo, repo_type="dataset").private
+        if private and not is_private:  # it was there before
             raise ZooError(f"{repo} is public; make it private on its page, or add --private false.")
-        api.upload_folder(repo_id=repo, folder_path=place, repo_type="dataset", delete_patterns=["*.parquet"])
+        api.upload_folder(
+            repo_id=repo,
+            folder_path=place,
+            repo_type="dataset",
+            allow_patterns=[*parquet.read_index(place)["files"], parquet.INDEX, *EXTRAS],
+            delete_patterns=["*.parquet", *EXTRAS],  # of an upload before, as far as they aren't replaced
+        )
     except (errors.HTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ZooError(f"{repo} refused the upload ({reason}); log in: hf auth login. {place} is kept.") from error
+    return "private" if is_private else "public"

@@ -10,11 +10,12 @@ import difflib
 import hashlib
 import os
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from zoo.data.rows import features
 from zoo.errors import ZooError
 from zoo.image import EXTENSIONS
 
@@ -79,12 +80,6 @@ def load_folder(root: str | os.PathLike) -> datasets.DatasetDict:
     splits = scan(root)
     import datasets
 
-    features = datasets.Features(
-        image=datasets.Image(decode=False),
-        mask=datasets.Image(decode=False),
-        label=datasets.ClassLabel(names=["normal", "anomalous"]),
-        path=datasets.Value("string"),
-    )
     return datasets.DatasetDict(
         {
             split: datasets.Dataset.from_dict(
@@ -94,11 +89,16 @@ def load_folder(root: str | os.PathLike) -> datasets.DatasetDict:
                     "label": [item.label for item in items],
                     "path": [item.name for item in items],
                 },
-                features=features,
+                features=features(),
             )
             for split, items in splits.items()
         }
     )
+
+
+def paths_of(items: dict[str, list[Item]]) -> list[str]:
+    """Images and masks of what `scan` found."""
+    return [path for item in chain.from_iterable(items.values()) for path in (item.path, item.mask) if path]
 
 
 def fingerprint(items: dict[str, list[Item]]) -> str:
@@ -120,8 +120,8 @@ def fingerprint(items: dict[str, list[Item]]) -> str:
     return hashlib.sha256("\n".join(map(repr, sorted(lines))).encode()).hexdigest()
 
 
-def files_digest(items: dict[str, list[Item]]) -> str:
-    """SHA-256 (hex) of names, sizes in bytes and modification times in ns of all images and masks that `scan` found.
+def times_digest(root: Path, paths: Iterable[str]) -> str:
+    """SHA-256 (hex) of names, sizes in bytes and modification times in ns of files below a folder; links are followed.
 
     It tells whether files were written since, on this machine: a copy of them has another one.
 
@@ -129,11 +129,9 @@ def files_digest(items: dict[str, list[Item]]) -> str:
         ZooError: a file has gone since the scan.
     """
     lines = []
-    for item in chain.from_iterable(items.values()):
-        root = item.path[: -len(item.name)]
-        for path in filter(None, (item.path, item.mask)):
-            status = _status(path)
-            lines.append((path.removeprefix(root), status.st_size, status.st_mtime_ns))
+    for path in paths:
+        status = _status(path)
+        lines.append((path.removeprefix(f"{root}{os.sep}"), status.st_size, status.st_mtime_ns))
     return hashlib.sha256("\n".join(map(repr, sorted(lines))).encode()).hexdigest()
 
 

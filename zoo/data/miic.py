@@ -7,20 +7,22 @@ them; `load_miic` gives the same rows without a copy on disk. Nothing of MIIC co
 import logging
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import datasets
 
 from zoo.data import archives
-from zoo.data.miic_layout import FOLDERS, PAIRS, TEST_PAIRS, Layout, files_hash, scan
+from zoo.data.miic_layout import FOLDERS, PAIRS, TEST_PAIRS, Layout, files_digest, scan
 from zoo.data.miic_truth import png, read_boxes, read_masks
+from zoo.data.rows import features
 from zoo.data.terms import show_terms, terms_of
 from zoo.errors import ZooError
-from zoo.pairs import abnormal_and_clean
+from zoo.image import read_image
+from zoo.paths import absolute
 from zoo.ranks import launched
 
-LABELS = ["normal", "anomalous"]
+Rows = dict[str, list[dict[str, Any]]]  # by split
 _log = logging.getLogger(__name__)
 
 
@@ -30,6 +32,7 @@ class MIIC(datasets.GeneratorBasedBuilder):
     Configuration `default`: splits train and test with columns image, mask (lossless, 0 and 255; None of normal
     images), label (0 normal, 1 anomalous), path (relative, unique) and boxes (column, row, width, height in pixels,
     counted from 0). `inpainting` (`config_name="inpainting"`): columns abnormal, normal and path, in the same splits.
+    Images are decoded once when it is made, and the log names those that can't be: their rows are there all the same.
 
     Args:
         data_dir: the folder that holds Anomaly_train and Anomaly_test; archives in it are unpacked there.
@@ -45,30 +48,37 @@ class MIIC(datasets.GeneratorBasedBuilder):
     DEFAULT_CONFIG_NAME = "default"
 
     def __init__(self, *args: Any, data_dir: str | os.PathLike, **options: Any):
-        root = Path(os.path.abspath(Path(data_dir).expanduser()))
+        root = absolute(data_dir)
         archives.unpack(root, FOLDERS, lambda line: _log.warning("%s", line))
+        self.layout = scan(root)
         # The library's own cache key is the name of the folder alone: what changed in it would not be noticed.
-        super().__init__(*args, data_dir=str(root), hash=files_hash(root)[:16], **options)
+        key = f"{self.layout.name}-{files_digest(self.layout)[:16]}"
+        super().__init__(*args, data_dir=str(root), hash=key, **options)
 
     def _info(self) -> datasets.DatasetInfo:
+        columns = _pair_features(True) if self.config.name == "inpainting" else box_features(decode=True)
+        if self.layout.name == "miic-replica":
+            return datasets.DatasetInfo(description="An imitation of MIIC's layout.", features=columns)
         return datasets.DatasetInfo(
             description="SEM images of integrated circuits, with defects to be found by learning from normal ones.",
-            features=_pair_features(True) if self.config.name == "inpainting" else features(decode=True),
+            features=columns,
             homepage="https://doi.org/10.21979/N9/WBLTFI",
-            license=terms_of("miic"),
+            license=terms_of(self.layout.name),
         )
 
     def _split_generators(self, manager: Any) -> list[datasets.SplitGenerator]:
-        layout = scan(self.config.data_dir)
-        show_terms(layout.name)
-        rows = _pairs(layout.root) if self.config.name == "inpainting" else rows_of(layout, boxes=True)
+        rows = _pairs(self.layout) if self.config.name == "inpainting" else _rows(self.layout, boxes=True)
         if not rows:
-            raise ZooError(f"{layout.root} has no pairs such as {PAIRS}/x_abnormal_1.jpg and x_normal_1.jpg.")
+            example = f"{PAIRS}/x_abnormal_1.jpg and x_normal_1.jpg"
+            raise ZooError(f"{self.layout.root} has no pairs such as {example} without a test image.")
         return [datasets.SplitGenerator(name, gen_kwargs={"rows": found}) for name, found in rows.items()]
 
     def _generate_examples(self, rows: list[dict[str, Any]]) -> Iterator[tuple[str, dict[str, Any]]]:
-        for row in rows:
-            yield row["path"], row
+        with ThreadPoolExecutor() as pool:
+            for row, reason in zip(rows, pool.map(_damage, rows), strict=True):
+                if reason:
+                    _log.warning("%s", reason)
+                yield row["path"], row
 
 
 def load_miic(root: str | os.PathLike, boxes: bool = False) -> datasets.DatasetDict:
@@ -81,37 +91,36 @@ def load_miic(root: str | os.PathLike, boxes: bool = False) -> datasets.DatasetD
         boxes: whether there is a column of them too.
 
     Raises:
-        ZooError: as `scan` and `read_masks`.
+        ZooError: as `scan`.
     """
-    layout = scan(root)
-    show_terms(layout.name)
-    return datasets.DatasetDict(
-        {
-            split: datasets.Dataset.from_list(rows, features=features(boxes=boxes))
-            for split, rows in rows_of(layout, boxes).items()
-        }
-    )
+    return _dataset(_rows(scan(root), boxes), box_features() if boxes else features())
 
 
 def load_pairs(root: str | os.PathLike) -> datasets.DatasetDict:
     """The pairs for inpainting: columns abnormal, normal and path; splits train and test, as far as they are there."""
-    rows = _pairs(Path(os.path.abspath(Path(root).expanduser())))
+    return _dataset(_pairs(scan(root)), _pair_features())
+
+
+def box_features(decode: bool = False) -> datasets.Features:
+    """Columns of the set with boxes; `decode` for images as PIL's, else as paths or bytes."""
+    box = datasets.List(datasets.Value("int32"), length=4)
+    return features(datasets.Image(decode=decode), boxes=datasets.List(box))
+
+
+def _pair_features(decode: bool = False) -> datasets.Features:
+    image = datasets.Image(decode=decode)
+    return datasets.Features(abnormal=image, normal=image, path=datasets.Value("string"))
+
+
+def _dataset(rows: Rows, columns: datasets.Features) -> datasets.DatasetDict:
     return datasets.DatasetDict(
-        {split: datasets.Dataset.from_list(found, features=_pair_features()) for split, found in rows.items()}
+        {split: datasets.Dataset.from_list(found, features=columns) for split, found in rows.items()}
     )
 
 
-def features(decode: bool = False, boxes: bool = True) -> datasets.Features:
-    """Columns of the set; `decode` for images as PIL's, else as paths or bytes."""
-    columns = {"image": datasets.Image(decode=decode), "mask": datasets.Image(decode=decode)}
-    columns |= {"label": datasets.ClassLabel(names=LABELS), "path": datasets.Value("string")}
-    if boxes:
-        columns["boxes"] = datasets.List(datasets.List(datasets.Value("int32"), length=4))
-    return datasets.Features(columns)
-
-
-def rows_of(layout: Layout, boxes: bool) -> dict[str, list[dict[str, Any]]]:
-    """Rows by split; what is odd about them goes to the log, from the first of several processes."""
+def _rows(layout: Layout, boxes: bool) -> Rows:
+    """Terms are shown at first use, and what is odd goes to the log, from the first of several processes."""
+    show_terms(layout.name)
     masks, notes = read_masks(layout)
     found: dict[str, Any] = {}
     if boxes:
@@ -120,7 +129,7 @@ def rows_of(layout: Layout, boxes: bool) -> dict[str, list[dict[str, Any]]]:
     if not launched()[0]:
         for note in (*layout.notes, *notes):
             _log.warning("%s", note)
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: Rows = {}
     for split, items in layout.splits.items():
         rows[split] = []
         for item in items:
@@ -131,14 +140,23 @@ def rows_of(layout: Layout, boxes: bool) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-def _pairs(root: Path) -> dict[str, list[dict[str, Any]]]:
-    rows = {}
-    for split, folder in (("train", PAIRS), ("test", TEST_PAIRS)):
-        if pairs := abnormal_and_clean(root / folder):
-            rows[split] = [{"abnormal": str(a), "normal": str(n), "path": f"{folder}/{a.name}"} for a, n in pairs]
-    return rows
+def _pairs(layout: Layout) -> Rows:
+    """Splits without a pair are left out."""
+    show_terms(layout.name)
+    folders = {"train": PAIRS, "test": TEST_PAIRS}
+    return {
+        split: [{"abnormal": str(a), "normal": str(n), "path": f"{folders[split]}/{a.name}"} for a, n in pairs]
+        for split, pairs in layout.pairs.items()
+        if pairs
+    }
 
 
-def _pair_features(decode: bool = False) -> datasets.Features:
-    image = datasets.Image(decode=decode)
-    return datasets.Features(abnormal=image, normal=image, path=datasets.Value("string"))
+def _damage(row: dict[str, Any]) -> str | None:
+    """Why an image of a row can't be read."""
+    for column in {"image", "mask", "abnormal", "normal"} & row.keys():
+        if isinstance(row[column], str):  # a mask that could be read is none
+            try:
+                read_image(row[column])
+            except ZooError as error:
+                return str(error)
+    return None

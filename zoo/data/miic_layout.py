@@ -16,23 +16,25 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 from zoo.data import archives
-from zoo.data.folder import Item
+from zoo.data.folder import Item, paths_of, times_digest
 from zoo.errors import ZooError
 from zoo.image import EXTENSIONS
-from zoo.pairs import abnormal_and_clean
+from zoo.pairs import Pair, abnormal_and_clean
+from zoo.paths import absolute
 
 TRAIN, TEST, PAIRS, TEST_PAIRS = FOLDERS = ("Anomaly_train", "Anomaly_test", "Inpainting_train", "Inpainting_test")
 NORMAL, ABNORMAL = f"{TEST}/normal_img", f"{TEST}/abnormal_img"
 MASKS, BOXES, POSITIONS = f"{TEST}/abnormal_mask", f"{TEST}/abnormal_bbox", f"{TEST}/anomalyPosition.mat"
 COUNTS = {"training": 23_888, "normal test": 1_272, "abnormal test": 116}  # the paper prints 1,274 normals
 REPLICA = "REPLICA"  # a file of this name at the root: an imitation, whose figures are not MIIC's
+MARK = b"An imitation of MIIC's layout"  # in the head of its images, so that a copy without that file is known, too
 _NAME = re.compile(r"(train|test)_(normal|abnormal)_\d+")
+_CLASS = re.compile(r"(ab)?normal", re.IGNORECASE)
 
 
 class Layout(NamedTuple):
@@ -40,16 +42,17 @@ class Layout(NamedTuple):
 
     Attributes:
         root: absolute.
-        name: "miic", or "miic-replica" for an imitation that says so.
+        name: "miic" where the numbers of images are MIIC's, "miic-partial" where they are others, "miic-replica" for
+            an imitation that says so.
         splits: images of train and test, sorted by name.
-        pairs: folder of training pairs for inpainting, where their names are understood.
+        pairs: for inpainting, by split, as far as their names are understood; those of train have no test image.
         notes: sentences about what is not as it should be.
     """
 
     root: Path
     name: str
     splits: dict[str, list[Item]]
-    pairs: Path | None
+    pairs: dict[str, list[Pair]]
     notes: list[str]
 
 
@@ -69,13 +72,14 @@ def scan(root: str | os.PathLike) -> Layout:
 
     Trained on is what is called `train_normal_*`, less each name that the test folders have too and each file whose
     bytes are those of a test image: such a copy is taken out of training, never out of the test set, so that figures
-    stay comparable and honest. It is named in the notes. A copy that was encoded anew is not found.
+    stay comparable and honest. It is named in the notes. A copy that was encoded anew is not found. The same holds of
+    the pairs to train on: one that has such an image, on either side, is left out.
 
     Raises:
         ZooError: a folder is missing, packed or empty, an image lies in the folder of another class, a mask is
-            missing or fits no image.
+            missing, fits no image or is the second one of an image.
     """
-    root = Path(os.path.abspath(Path(root).expanduser()))
+    root = absolute(root)
     _check_folders(root)
     normals, defects = _images(root, NORMAL), _images(root, ABNORMAL)
     _check_classes(root, normals, "normal")
@@ -83,18 +87,22 @@ def scan(root: str | os.PathLike) -> Layout:
     masks = _by_stem(root, MASKS, "_mask", {file.stem for file in defects})
     if masks and (missing := next((file for file in defects if file.stem not in masks), None)):
         raise ZooError(f"{missing.path} has no mask in {root / MASKS}; unpack {TEST} again or add it")
-    train, notes = _training(root, [*normals, *defects])
+    train, called, notes = _training(root, [*normals, *defects])
     if defects and not masks:
         notes.append(f"{MASKS} holds no masks: nothing can be said about pixels.")
     notes += _miscounted({"training": train, "normal test": normals, "abnormal test": defects})
-    pairs = _pairs(root, [*normals, *defects], notes)
+    pairs = {"train": _pairs(root, [*normals, *defects], notes), "test": abnormal_and_clean(root / TEST_PAIRS)}
     splits = {
         "train": [Item(file.path, file.name, 0, None) for file in train],
         "test": [Item(file.path, file.name, 1, masks.get(file.stem)) for file in defects]
         + [Item(file.path, file.name, 0, None) for file in normals],
     }
     splits = {split: sorted(items, key=lambda item: item.name) for split, items in splits.items()}
-    return Layout(root, "miic-replica" if (root / REPLICA).is_file() else "miic", splits, pairs, notes)
+    counts = dict(zip(COUNTS, (called, len(normals), len(defects)), strict=True))
+    name = "miic" if counts == COUNTS else "miic-partial"
+    if (root / REPLICA).is_file() or any(_is_marked(files[0].path) for files in (train, normals, defects)):
+        name = "miic-replica"
+    return Layout(root, name, splits, pairs, notes)
 
 
 def box_images(layout: Layout) -> dict[str, str]:
@@ -107,16 +115,13 @@ def box_images(layout: Layout) -> dict[str, str]:
     return _by_stem(layout.root, BOXES, "_bbox", stems)
 
 
-def files_hash(root: Path) -> str:
-    """SHA-256 (hex) of names, sizes and modification times of all files below a folder, for caches on this machine."""
-    lines = []
-    for here, folders, files in os.walk(root):
-        folders.sort()
-        for name in sorted(files):
-            path = os.path.join(here, name)
-            status = os.stat(path, follow_symlinks=False)
-            lines.append((os.path.relpath(path, root), status.st_size, status.st_mtime_ns))
-    return hashlib.sha256("\n".join(map(repr, lines)).encode()).hexdigest()
+def files_digest(layout: Layout) -> str:
+    """As `zoo.data.folder.times_digest`, of all that is read of a folder: images, masks, boxes and pairs."""
+    paths = paths_of(layout.splits) + [file.path for file in _images(layout.root, BOXES)]
+    paths += [str(path) for pairs in layout.pairs.values() for pair in pairs for path in pair]
+    if (positions := layout.root / POSITIONS).is_file():
+        paths.append(str(positions))
+    return times_digest(layout.root, paths)
 
 
 def _check_folders(root: Path) -> None:
@@ -152,36 +157,43 @@ def _images(root: Path, folder: str) -> list[_File]:
 
 
 def _check_classes(root: Path, files: list[_File], wanted: str) -> None:
-    """By the class in the name, as a pattern such as *normal_* also fits abnormal."""
+    """By the class in the name, whatever else is in it; abnormal is told from normal."""
     if not files:
         folder = root / (NORMAL if wanted == "normal" else ABNORMAL)
         raise ZooError(f"{folder} holds no images; unpack {TEST} again")
     for file in files:
-        if (match := _NAME.fullmatch(file.stem)) and match[2] != wanted:
-            raise ZooError(f"{file.path} is called {match[2]} among {wanted} images; move it to where it belongs")
+        if (match := _CLASS.search(file.stem)) and (called := match[0].lower()) != wanted:
+            raise ZooError(f"{file.path} is called {called} among {wanted} images; move it to where it belongs")
 
 
 def _by_stem(root: Path, folder: str, ending: str, stems: set[str]) -> dict[str, str]:
     """Stem of an image -> path of what is called `<stem><ending>`, never by two sorted lists."""
-    found = {}
+    found: dict[str, str] = {}
     for file in _images(root, folder):
         stem = file.stem.removesuffix(ending)
-        if stem not in stems:
-            raise ZooError(f"{file.path} belongs to no image in {root / ABNORMAL}; rename or remove it")
+        if stem not in stems or not file.stem.endswith(ending):
+            example = f"{min(stems)}{ending}" if stems else f"<image>{ending}"
+            raise ZooError(
+                f"{file.path} belongs to no image in {root / ABNORMAL}; remove it, or rename it as in {example}.jpg"
+            )
+        if stem in found:
+            raise ZooError(f"{found[stem]} and {file.path} belong to one image; remove one of them")
         found[stem] = file.path
     return found
 
 
-def _training(root: Path, tested: list[_File]) -> tuple[list[_File], list[str]]:
-    """The images to train on, and what is to be said about the others."""
+def _training(root: Path, tested: list[_File]) -> tuple[list[_File], int, list[str]]:
+    """The images to train on, how many are called so, and what is to be said about the others."""
     names, notes = {file.stem for file in tested}, []
     files = _images(root, TRAIN)
     parsed = {file: match and match.groups() for file in files for match in [_NAME.fullmatch(file.stem)]}
-    train = [file for file in files if parsed[file] == ("train", "normal") and file.stem not in names]
+    called = [file for file in files if parsed[file] == ("train", "normal")]
+    train = [file for file in called if file.stem not in names]
     odd = [file for file in files if parsed[file] is None or parsed[file] == ("train", "abnormal")]
     if odd:
         verb = "files are" if len(odd) > 1 else "file is"
-        notes.append(f"{len(odd):,} {verb} left out of training, not called train_normal_<number>: {_few(odd)}.")
+        listed = _few([file.name for file in odd])
+        notes.append(f"{len(odd):,} {verb} left out of training, not called train_normal_<number>: {listed}.")
     copies = _copies(train, tested)
     if copies:
         pairs = [f"{file.name} of {other.name}" for file, other in copies.items()]
@@ -191,7 +203,16 @@ def _training(root: Path, tested: list[_File]) -> tuple[list[_File], list[str]]:
     if not train:
         hint = f"the first of its {len(files):,} images is {files[0].name}" if files else "it holds no images"
         raise ZooError(f"{root / TRAIN} has no train_normal_<number> that is no test image; {hint}")
-    return train, notes
+    return train, len(called), notes
+
+
+def _is_marked(path: str) -> bool:
+    """Whether an image says that it is an imitation's; what can't be read says nothing."""
+    try:
+        with open(path, "rb") as file:
+            return MARK in file.read(1024)
+    except OSError:
+        return False
 
 
 def _copies(files: list[_File], tested: list[_File]) -> dict[_File, _File]:
@@ -226,19 +247,22 @@ def _miscounted(found: dict[str, list[_File]]) -> list[str]:
     return notes
 
 
-def _pairs(root: Path, tested: list[_File], notes: list[str]) -> Path | None:
+def _pairs(root: Path, tested: list[_File], notes: list[str]) -> list[Pair]:
+    """The pairs to train on, none of whose images is a test image by name or by content."""
     if archives.packed(root, [PAIRS]):
         notes.append(f"{PAIRS} is not unpacked; zoo data prepare miic:{root} does it.")
-    files = _images(root, PAIRS)
-    if copies := _copies(files, tested):
-        notes.append(f"{len(copies):,} images of {PAIRS} are test images too: {_few(copies)}.")
-    if abnormal_and_clean(root / PAIRS):
-        return root / PAIRS
-    if files:
-        notes.append(f"{PAIRS} has no pairs by name, abnormal and normal, and is left aside: {_few(files)}.")
-    return None
+    files, names = _images(root, PAIRS), {file.stem for file in tested}
+    tests = {file.name for file in [*_copies(files, tested), *(file for file in files if file.stem in names)]}
+    pairs = abnormal_and_clean(root / PAIRS)
+    usable = [pair for pair in pairs if not tests & {f"{PAIRS}/{side.name}" for side in pair}]
+    if dropped := len(pairs) - len(usable):
+        verb = "pairs are" if dropped > 1 else "pair is"
+        notes.append(f"{dropped:,} {verb} left out of {PAIRS}, with test images: {_few(sorted(tests))}.")
+    if files and not pairs:
+        names = [file.name for file in files]
+        notes.append(f"{PAIRS} has no pairs by name, abnormal and normal, and is left aside: {_few(names)}.")
+    return usable
 
 
-def _few(files: Iterable[_File]) -> str:
-    names = [file.name for file in files]
+def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")

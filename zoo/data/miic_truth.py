@@ -16,9 +16,9 @@ from PIL import Image
 
 from zoo.data.miic_layout import POSITIONS, Layout, box_images
 from zoo.errors import ZooError
-from zoo.image import read_image
+from zoo.image import read_image, read_mask
 
-WHITE = 127  # of 255; above it lies a defect, as JPEG makes other values than 0 and 255
+WHITE = 127  # of 255; above it lies a line of a box, as JPEG makes other values than 0 and 255
 BETWEEN = 0.02  # share of pixels of no clear colour, above which a picture is no drawing of boxes
 SPECK = 4  # pixels of a side, below which what is white is no box
 AGREE = 0.5  # intersection over union of boxes, in the median, from which two sources speak of the same defects
@@ -33,27 +33,25 @@ class Truth(NamedTuple):
 
 
 def read_masks(layout: Layout) -> Truth:
-    """The masks, thresholded at their own size, before anything is resized.
+    """The masks by the rule of `read_mask`, at their own size, before anything is resized.
 
-    White is the defect. Where all masks are white over more than half of their pixels, black is: they are inverted, and
-    that is said. An image whose mask is empty stays abnormal, and is counted.
-
-    Raises:
-        ZooError: some masks are mostly white and others are not, so that what is meant can't be known.
+    White is the defect. Where most masks are white over more than half of their pixels, black is: all are inverted, and
+    that is said. So is which masks then mark more than half of their image, which is seldom meant. An image whose mask
+    is empty stays abnormal, and is counted.
     """
     masks = {}
     for item in layout.splits["test"]:
-        if item.mask and (grey := _grey(item.mask)) is not None:
-            masks[item.name] = grey > WHITE
-    shares = {name: float(mask.mean()) for name, mask in masks.items()}
-    white = [name for name, share in shares.items() if share > 0.5]
+        if item.mask and (mask := _mask(item.mask)) is not None:
+            masks[item.name] = mask
     notes = []
-    if white and all(shares[name] > 0.5 for name in shares):
+    white = sum(mask.mean() > 0.5 for mask in masks.values())
+    if 2 * white > len(masks):
         masks = {name: ~mask for name, mask in masks.items()}
-        notes.append(f"All {len(masks):,} masks are mostly white: they were inverted, so that black is the defect.")
-    elif white:
-        (path,) = (item.mask for item in layout.splits["test"] if item.name == white[0])
-        raise ZooError(f"{path} is white over {shares[white[0]]:.0%} of it and other masks are black; invert or fix it")
+        notes.append(
+            f"{white:,} of {len(masks):,} masks are mostly white: all were inverted, so that black is the defect."
+        )
+    if large := [name for name, mask in masks.items() if mask.mean() > 0.5]:
+        notes.append(f"Masks that mark more than half of their image are kept, {len(large):,}: {', '.join(large[:3])}.")
     if empty := [name for name, mask in masks.items() if not mask.any()]:
         notes.append(f"Abnormal images whose mask is empty stay abnormal, {len(empty):,}: {', '.join(empty[:3])}.")
     return Truth(masks, notes)
@@ -95,8 +93,16 @@ def read_boxes(layout: Layout, masks: Mapping[str, np.ndarray]) -> tuple[dict[st
     return shifted, f"Boxes are those of {POSITIONS}, counted from {base} as {source} show."
 
 
+def _mask(path: str) -> np.ndarray | None:
+    """(H, W) bool; None if it can't be read (which its row will tell)."""
+    try:
+        return read_mask(path, lossy=Path(path).suffix.lower() in (".jpg", ".jpeg"))
+    except ZooError:
+        return None
+
+
 def _grey(path: str) -> np.ndarray | None:
-    """Levels (H, W) of an 8-bit picture; None if it can't be read (which its row will tell)."""
+    """Levels (H, W) of an 8-bit picture of boxes; None of another one."""
     try:
         image = read_image(path)
     except ZooError:

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo import hub
+from zoo.data.rows import features
 from zoo.data.store import SPLITS, digest, file_hash
 from zoo.errors import ZooError
+from zoo.pairs import Pair
 
 if TYPE_CHECKING:
     import datasets
@@ -24,13 +26,15 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 INDEX = "zoo.json"
 COLUMNS = ("image", "mask", "label", "path")
+PAIRS = "inpainting/train-"  # of abnormal and clean images: how their files begin
+_FILE = re.compile(r"(data|inpainting)/(train|test)-\d{5}-of-\d{5}\.parquet")
 
 
 def read_index(place: Path) -> dict[str, Any]:
     """The checked `zoo.json` of a folder of parquet files.
 
     Raises:
-        ZooError: damaged, or of another format.
+        ZooError: damaged, of another format, or one that no export writes, such as files elsewhere.
     """
     path, remedy = place / INDEX, "write the folder anew: zoo data export DATA --out FOLDER."
     try:
@@ -40,7 +44,7 @@ def read_index(place: Path) -> dict[str, Any]:
         raise ZooError(f"{path} is damaged; {remedy}") from error
     if version != FORMAT_VERSION:
         raise ZooError(f"{path} has format version {version}, not {FORMAT_VERSION}; {remedy}")
-    if index.pop("sha256", None) != digest(index):
+    if index.pop("sha256", None) != digest(index) or not _is_sound(index):
         raise ZooError(f"{path} is damaged; {remedy}")
     return index
 
@@ -61,27 +65,58 @@ def load_parquet(place: Path) -> datasets.DatasetDict:
     import datasets
 
     index = read_index(place)
-    for name, sha256 in index["files"].items():
-        if name.startswith("data/") and file_hash(place / name) != sha256:  # not pairs, which are another configuration
-            raise ZooError(f"{place / name} is missing or damaged; write or download it anew.")
-    features = datasets.Features(
-        image=datasets.Image(decode=False),
-        mask=datasets.Image(decode=False),
-        label=datasets.ClassLabel(names=["normal", "anomalous"]),
-        path=datasets.Value("string"),
-    )
-    files = {s: [str(place / name) for name in index["files"] if name.startswith(f"data/{s}-")] for s in SPLITS}
-    kept = {split: names for split, names in files.items() if sum(index["counts"][split])}
+    files = {split: checked_files(place, index, f"data/{split}-") for split in SPLITS}
+    kept = {split: [str(path) for path in paths] for split, paths in files.items() if sum(index["counts"][split])}
     with _quiet_datasets():
         found = datasets.load_dataset(
             "parquet",
             data_files=kept,
             columns=list(COLUMNS),  # boxes and whatever else there is stay in the files
-            features=features,
+            features=features(),
             cache_dir=str(hub.registry().parent / "datasets"),
         )
-    empty = datasets.Dataset.from_dict({name: [] for name in COLUMNS}, features=features)
+    empty = datasets.Dataset.from_dict({name: [] for name in COLUMNS}, features=features())
     return datasets.DatasetDict({split: found.get(split, empty) for split in SPLITS})
+
+
+def load_pairs(place: Path) -> list[Pair]:
+    """The pairs to train on, each image a dict of "path" and "bytes"; none if it has none.
+
+    Raises:
+        ZooError: a file that is missing or differs from its SHA-256.
+    """
+    import pyarrow.parquet as pq
+
+    pairs: list[Pair] = []
+    for path in checked_files(place, read_index(place), PAIRS):
+        columns = pq.read_table(path, columns=["abnormal", "normal"]).to_pydict()
+        pairs += zip(columns["abnormal"], columns["normal"], strict=True)
+    return pairs
+
+
+def checked_files(place: Path, index: dict[str, Any], beginning: str = "") -> list[Path]:
+    """The files of an index whose names begin so, each read and compared with its SHA-256.
+
+    Raises:
+        ZooError: one is missing or damaged.
+    """
+    names = [name for name in index["files"] if name.startswith(beginning)]
+    for name in names:
+        if file_hash(place / name) != index["files"][name]:
+            raise ZooError(f"{place / name} is missing or damaged; write or download it anew.")
+    return [place / name for name in names]
+
+
+def _is_sound(index: dict[str, Any]) -> bool:
+    """Whether it has what is read of it, and names no file outside of its folder."""
+    counts, files = index.get("counts"), index.get("files")
+    if not isinstance(counts, dict) or not isinstance(files, dict) or not all(map(_FILE.fullmatch, files)):
+        return False
+    for split in SPLITS:
+        found = counts.get(split)
+        if not isinstance(found, list) or len(found) != 2 or any(type(n) is not int or n < 0 for n in found):
+            return False
+    return all(isinstance(text, str) for text in (index.get("name"), index.get("fingerprint"), *files.values()))
 
 
 def parse_repo(text: str) -> tuple[str, str | None]:
@@ -96,11 +131,11 @@ def parse_repo(text: str) -> tuple[str, str | None]:
     return match[1], match[2]
 
 
-def fetch(repo: str, revision: str | None, whole: bool) -> Path:
+def fetch(repo: str, revision: str | None, pattern: str | None = None) -> Path:
     """The snapshot of a repository in the hub's cache, from the cache alone with `HF_HUB_OFFLINE=1`.
 
     Args:
-        whole: with its images; else `zoo.json` alone, as far as a check needs it.
+        pattern: of the files that are wanted besides `zoo.json`; None where a check needs that one alone.
 
     Returns:
         Its folder, called by the commit.
@@ -110,10 +145,10 @@ def fetch(repo: str, revision: str | None, whole: bool) -> Path:
     """
     from huggingface_hub import errors, snapshot_download
 
-    patterns = [INDEX, "data/*.parquet"] if whole else [INDEX]
+    patterns = [INDEX, pattern] if pattern else [INDEX]
     at = f"{repo}@{revision}" if revision else repo
     try:
-        with _quiet_hub(not whole):
+        with _quiet_hub(not pattern):
             place = snapshot_download(repo, repo_type="dataset", revision=revision, allow_patterns=patterns)
     except errors.RevisionNotFoundError:
         raise ZooError(f"hub:{at}: the repository has no revision {revision}; look it up on its page.") from None

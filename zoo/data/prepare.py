@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from zoo import hub
-from zoo.data import archives, check_data, files_digest, load_data, store, store_writer
+from zoo.data import archives, check_data, files_digest, load_data, miic_folder, store, store_writer
 from zoo.data.miic_layout import FOLDERS
 from zoo.errors import ZooError
+from zoo.paths import user_path
 
 
 def prepare_data(
@@ -26,14 +27,13 @@ def prepare_data(
     Raises:
         ZooError: another thing lies there, a mount point, or as `zoo.data.store_writer.prepare`.
     """
-    kind, _, folder = data.partition(":")
-    if kind == "miic":
-        archives.unpack(Path(os.path.abspath(Path(folder).expanduser())), FOLDERS, print)
+    if root := miic_folder(data):
+        archives.unpack(root, FOLDERS, print)
     spec = check_data(data)
     if spec.kind == "store":
         raise ZooError(f"{data} is prepared already; use it as --data {data}.")
     source = {"name": spec.name, "fingerprint": spec.origin, "counts": spec.counts, "files": files_digest(spec)}
-    place = Path(out).expanduser() if out else hub.store_place(spec.name, spec.fingerprint, size)
+    place = user_path(out) if out else hub.store_place(spec.name, spec.fingerprint, size)
     place = Path(os.path.realpath(place))  # a link stays one, whatever it leads to
     shape = size[0] if size[0] == size[1] else str(list(size)).replace(" ", "")
     following = f"Next: zoo fit METHOD --data {place} --input-size {shape} --name NAME"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from zoo.data.rows import features
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
@@ -62,13 +63,7 @@ def load_store(place: Path) -> datasets.DatasetDict:
     import datasets
 
     index = read_index(place)
-    features = datasets.Features(
-        image=datasets.Value("int64"),
-        mask=datasets.Value("int64"),
-        label=datasets.ClassLabel(names=["normal", "anomalous"]),
-        path=datasets.Value("string"),
-    )
-    splits = {}
+    splits, columns_of = {}, features(datasets.Value("int64"))
     for split in SPLITS:
         blocks = index["blocks"][split]
         columns: dict[str, list] = {"mask": [], "label": [], "path": []}
@@ -80,7 +75,7 @@ def load_store(place: Path) -> datasets.DatasetDict:
             masks += _masks(block)
         columns["image"] = list(range(len(columns["path"])))
         rows = _Rows(_Stack(place, split, blocks, "npy"), _Stack(place, split, blocks, "masks.npy"))
-        splits[split] = datasets.Dataset.from_dict(columns, features=features).with_transform(rows)
+        splits[split] = datasets.Dataset.from_dict(columns, features=columns_of).with_transform(rows)
     return datasets.DatasetDict(splits)
 
 

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_closing, binary_fill_holes, find_objects, gaussian_filter
 
 from zoo.data.defects import DEFECTS
+from zoo.data.rows import LABELS
 from zoo.data.scene import LOOKS, NOMINAL, Scene
 from zoo.errors import ZooError
 
@@ -151,7 +152,7 @@ def load_synthetic(
     features = datasets.Features(
         image=datasets.Value("int64"),
         mask=datasets.Value("string"),
-        label=datasets.ClassLabel(names=["normal", "anomalous"]),
+        label=datasets.ClassLabel(names=LABELS),
         path=datasets.Value("string"),
     )
     transform = partial(_render_rows, **look)

@@ -18,8 +18,8 @@ TERMS = {
 
 
 def terms_of(name: str) -> str | None:
-    """The terms of use of a data set, by its name; None where the zoo knows none."""
-    return TERMS.get(name)
+    """The terms of use of a data set or a part of it, by its name; None where the zoo knows none."""
+    return TERMS.get(_set_of(name))
 
 
 def show_terms(name: str) -> None:
@@ -30,7 +30,7 @@ def show_terms(name: str) -> None:
     """
     if launched()[0] or not (terms := terms_of(name)):  # of several processes the first one speaks
         return
-    mark = hub.registry().parent / "terms" / name
+    mark = hub.registry().parent / "terms" / _set_of(name)
     if mark.exists():
         return
     logging.getLogger(__name__).warning("%s", terms)
@@ -39,3 +39,7 @@ def show_terms(name: str) -> None:
         mark.write_text(f"{terms}{os.linesep}", encoding="utf-8")
     except OSError as error:
         raise ZooError(f"{mark} can't be written ({error}); set ZOO_HOME to another place.") from error
+
+
+def _set_of(name: str) -> str:
+    return name.removesuffix("-partial")

