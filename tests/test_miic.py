@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from zoo.cli import main
-from zoo.data import archives, check_data, load_data, miic_layout
+from zoo.data import SOURCE, archives, check_data, load_data, miic_layout
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import halves, part_of_test, validation_half
 from zoo.data.miic import MIIC, load_miic
@@ -686,6 +686,10 @@ def test_pairs_of_held_out_images_are_left_out_of_a_fit(replica, capsys):
     assert about["images"] + about["held_out"] == len(good) and about["held_out"] >= 10
     assert about["inpainting_pairs"] == about["images"]
     assert f"{about['held_out']} more are left out" in capsys.readouterr().out
+    store = root.with_name("store")  # of smaller images: told by the files
+    assert run("data", "prepare", f"miic:{root}", "--size", 64, "--out", store, "--skip-broken") == 0
+    _, record = fit("iad_inpainting", str(store), None, "lite", trainer_options={"max_steps": 4}, **options)
+    assert record["train_data"]["inpainting_pairs"] == record["train_data"]["images"]
 
 
 def test_pairs_of_a_copy_are_learned_from_where_it_has_them(made, exported, cached, tmp_path, capsys):
@@ -699,6 +703,9 @@ def test_pairs_of_a_copy_are_learned_from_where_it_has_them(made, exported, cach
     assert scores[0] == scores[1] == scores[2]  # the same pairs in the same order
     store = tmp_path / "store"
     assert run("data", "prepare", f"miic:{made[0]}", "--size", 64, "--out", store, "--skip-broken") == 0
+    _, record = fit("iad_inpainting", str(store), None, "lite", **options)
+    assert record["train_data"]["inpainting_pairs"] == 3 and str(made[0]) not in json.dumps(record)
+    (store / SOURCE).write_text(f"miic:{tmp_path / 'gone'}")
     capsys.readouterr()
     _, record = fit("iad_inpainting", str(store), None, "lite", **options)
     assert "inpainting_pairs" not in record["train_data"]

@@ -22,7 +22,7 @@ from zoo import checkpoint, hub, ranks, record
 from zoo.calibration import default_calibration
 from zoo.callbacks import NotFinite
 from zoo.cards import render_card
-from zoo.data import DataSpec, check_data, load_data, load_pairs
+from zoo.data import DataSpec, check_data, encoded, load_data, load_pairs
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import SEED, part_of_test, validation_half
 from zoo.data.terms import terms_of
@@ -389,7 +389,7 @@ def _takes_pairs(method: str) -> bool:
 def _give_pairs(model: AnomalyModule, spec: DataSpec, module: AnomalyDataModule, run: RunOptions) -> bool:
     """Let a model learn from the pairs of its data set, those left out whose clean image is held out."""
     found = load_pairs(spec)
-    model.pairs = apart_from(found, module.holdout_set["image"]) if found else []
+    model.pairs = apart_from(found, encoded(spec, module.holdout_set)) if found else []
     if model.pairs:
         apart = len(found) - len(model.pairs)
         more = f"; {apart:,} more are left out, whose clean images are held out" if apart else ""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zoo.checkpoint import write_text
 from zoo.data import folder, miic_layout, parquet, store, synthetic
 from zoo.data.terms import show_terms
 from zoo.errors import ZooError
@@ -16,8 +17,9 @@ from zoo.pairs import Pair
 from zoo.paths import absolute, user_path
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
 
+SOURCE = "source.txt"  # in a store: the DATA that it was made from
 SYNTHETIC_VERSION = 4  # to be raised when the generator draws other images from the same options
 FORMS = "synthetic[:k=v,...], miic:DIR, hub:ORG/NAME[@REV], or a path to a folder (of images, prepared, or exported)"
 RESERVED = ("miic", "miic-partial", "miic-replica")  # names in records that no folder of other images may have
@@ -104,16 +106,40 @@ def load_data(spec: str | DataSpec) -> "DatasetDict":
 
 
 def load_pairs(spec: DataSpec) -> list[Pair]:
-    """The set's own pairs of abnormal and clean images to train on; none where it has none at hand, as a store.
+    """The set's own pairs of abnormal and clean images to train on; none where it has none at hand.
 
-    Those of a parquet form are in memory: 76 MB for as many as MIIC has.
+    Those of a parquet form are in memory: 76 MB for as many as MIIC has. Those of a store are in the folder that it was
+    made from, as long as that is there and unchanged.
 
     Raises:
         ZooError: a damaged file of parquet.
     """
     if spec.kind in ("hub", "parquet"):
         return parquet.load_pairs(_place(spec, f"{parquet.PAIRS}*.parquet"))
-    return list(spec.pairs)
+    source = _source(spec) if spec.kind == "store" else spec
+    return list(source.pairs) if source else []
+
+
+def encoded(spec: DataSpec, rows: "Dataset") -> list[Any]:
+    """The images of some rows as files or bytes, those of a store as the files that it was made from."""
+    source = _source(spec) if spec.kind == "store" else None
+    return [source.path / name for name in rows["path"]] if source else rows["image"]
+
+
+def keep_source(spec: DataSpec, store_folder: Path) -> None:
+    """Let a store know which folder of MIIC it was made from, on this machine, for the sake of its pairs."""
+    if spec.kind == "miic":
+        write_text(store_folder / SOURCE, f"miic:{spec.path}\n")
+
+
+def _source(spec: DataSpec) -> DataSpec | None:
+    """What a store was made from, if it is known, there, and still the same."""
+    mark = spec.path / SOURCE
+    try:
+        source = check_data(mark.read_text(encoding="utf-8").strip()) if mark.is_file() else None
+    except ZooError:
+        return None
+    return source if source and source.fingerprint == spec.origin else None
 
 
 def files_digest(spec: DataSpec, further: bool = False) -> str | None:

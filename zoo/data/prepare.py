@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from zoo import hub
-from zoo.data import archives, check_data, files_digest, load_data, miic_folder, store, store_writer
+from zoo.data import archives, check_data, files_digest, keep_source, load_data, miic_folder, store, store_writer
 from zoo.data.miic_layout import FOLDERS
 from zoo.errors import ZooError
 from zoo.paths import user_path
@@ -38,6 +38,7 @@ def prepare_data(
     shape = size[0] if size[0] == size[1] else str(list(size)).replace(" ", "")
     following = f"Next: zoo fit METHOD --data {place} --input-size {shape} --name NAME"
     if index := store_writer.find(place, source, size, skip_broken):
+        keep_source(spec, place)  # it may have moved
         _print_left_out(index)
         print(f"{data} is prepared already, and whole, in {place}.\n{following}")
         return place
@@ -57,6 +58,7 @@ def prepare_data(
         index = store_writer.prepare(
             load_data(spec), source, place, size, workers, skip_broken, lambda done: bar.update(task, completed=done)
         )
+    keep_source(spec, place)
     _print_left_out(index)
     if colour := sum(block["colour"] for split in store.SPLITS for block in index["blocks"][split]):
         print(f"{colour:,} images are in colour; the store keeps the mean of their channels.")
