@@ -2,11 +2,12 @@
 
     python tests/bench/cost.py --out tests/bench/cost.json
 
-Each method with preset paper224 (weights at random: they cost the same) takes three batches of its own size, in a
-process of its own; the first one is counted (torch's FLOP counter: convolutions and products of matrices, backward
-included), the others are timed. A fit on MIIC is then the preset's steps over 21,499 images (a tenth of 23,888 is held
-out), and its time on a GPU is its floating-point operations over a rate that we assume: an estimate, no measurement.
-Memory is how far the process grew beyond its libraries, which is what a GPU has to hold, but for its own libraries.
+Each method with preset paper224 (weights at random: they cost the same) takes a few batches of its own size, in a
+process of its own, counted (by torch's formulas: convolutions and products of matrices, backward included) and, after
+the first one, timed; where there are phases each is measured, and weighed by its share of the steps. A fit on MIIC is
+then the preset's steps over 21,499 images (a tenth of 23,888 is held out), and its time on a GPU is its floating-point
+operations over a rate that we assume: an estimate, no measurement. Memory is how far the process grew beyond its
+libraries, which is what a GPU has to hold, but for its own libraries.
 """
 
 import argparse
@@ -14,11 +15,14 @@ import json
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 
 import lightning as L
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from zoo import record
 from zoo.data import load_data
@@ -29,24 +33,38 @@ from zoo.nn.features import architecture_only
 IMAGES, TEST = 21_499, 1_388  # of MIIC: learned from, and scored
 RATE = 10e12  # floating-point operations a second that one GPU is assumed to sustain in float32 with TF32
 BATCHES = 3
+PHASES = {"fanogan": {"gan_share": 0.5}, "iad_inpainting": {"reconstruction_share": 0.5}}  # so that each is measured
+
+
+class Counter(TorchDispatchMode):
+    """Counts as torch's `FlopCounterMode` does, which can't follow a gradient penalty."""
+
+    total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if count := flop_registry.get(function._overloadpacket):
+            self.total += count(*args, **(kwargs or {}), out_val=out)
+        return out
 
 
 class Clock(L.Callback):
-    """Counts the first batch, times the others."""
+    """Floating-point operations and seconds of each batch, by phase."""
 
     def __init__(self):
-        self.counter, self.seconds = FlopCounterMode(display=False), []
+        self.flops, self.seconds = defaultdict(list), defaultdict(list)
 
     def on_train_batch_start(self, trainer, module, batch, index):
-        if index == 0:
-            self.counter.__enter__()
+        self.counter = Counter()
+        self.counter.__enter__()
         self.begin = time.perf_counter()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, index):
-        if index == 0:
-            self.counter.__exit__(None, None, None)
-        else:
-            self.seconds.append(time.perf_counter() - self.begin)
+        seconds = time.perf_counter() - self.begin
+        self.counter.__exit__(None, None, None)
+        phase = int(module.phase) if module.phases else 0
+        self.flops[phase].append(self.counter.total)
+        self.seconds[phase].append(seconds)
 
 
 def measure(method):
@@ -54,28 +72,30 @@ def measure(method):
     planned = presets(method, "paper224")
     size, fraction = planned.get("data", {}).get("batch_size", 32), planned.get("data", {}).get("train_fraction", 1)
     with architecture_only():
-        model = create_model(method, "paper224")
-    data = load_data(f"synthetic:train={2 * (BATCHES + 1) * size},good=1,defect=1,size=224")
+        usual, model = create_model(method, "paper224"), create_model(method, "paper224", **PHASES.get(method, {}))
+    batches = BATCHES * 4 if method in PHASES else BATCHES
+    data = load_data(f"synthetic:train={2 * (batches + 1) * size},good=1,defect=1,size=224")
     module = AnomalyDataModule(data, input_size=model.size, batch_size=size)
     bare, clock = record.peak_memory_mb(), Clock()
     trainer = L.Trainer(
-        accelerator="cpu", max_epochs=1, limit_train_batches=BATCHES, callbacks=[clock], logger=False,
+        accelerator="cpu", max_epochs=1, limit_train_batches=batches, callbacks=[clock], logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     trainer.fit(model, datamodule=module)
     image = torch.rand(1, 1, 224, 224)
-    with torch.inference_mode(), FlopCounterMode(display=False) as scored:
+    with torch.inference_mode(), Counter() as scored:
         model.eval()(image)
-    batches = IMAGES * fraction / size
     trainer_plan = planned.get("trainer", {})
-    steps = trainer_plan.get("max_steps") or batches * trainer_plan.get("max_epochs", 1)
+    steps = trainer_plan.get("max_steps") or IMAGES * fraction / size * trainer_plan.get("max_epochs", 1)
+    first = next((usual.hparams[name] for name in PHASES.get(method, {})), 1.0)  # share of the first phase
+    shares = {phase: first if phase == 0 else 1 - first for phase in clock.flops}
     return {
         "method": method,
         "batch": size,
         "steps": round(steps),
-        "flops_a_step": clock.counter.get_total_flops(),
-        "seconds_a_step": round(sum(clock.seconds) / len(clock.seconds), 3),
-        "flops_an_image_scored": scored.get_total_flops(),
+        "flops_a_step": round(sum(share * mean(clock.flops[phase]) for phase, share in shares.items())),
+        "seconds_a_step": round(sum(share * mean(clock.seconds[phase][1:]) for phase, share in shares.items()), 3),
+        "flops_an_image_scored": scored.total,
         "memory_mb": round(record.peak_memory_mb() - bare),
         "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
