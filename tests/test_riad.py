@@ -278,6 +278,18 @@ def test_map_is_the_mean_over_cells_and_the_score_the_maximum_after_the_filter()
         assert float(scores.image[i]) == pytest.approx(smooth.max(), rel=1e-4)
 
 
+@pytest.mark.parametrize("residual", ["absolute", "structure"])
+def test_other_residuals_take_the_place_of_msgms(residual):
+    model, images = tiny(window=1, cells=[4], residual=residual).eval(), random(2, 1, 32, 32)
+    with torch.no_grad():
+        map, made = model(images).map, (model.rebuild(2 * images - 1, 4) + 1) / 2
+    for i in range(2):
+        a, b = images[i, 0].double().numpy(), made[i, 0].double().numpy()
+        options = dict(data_range=1, gaussian_weights=True, use_sample_covariance=False, full=True)
+        wanted = abs(a - b) if residual == "absolute" else 1 - structural_similarity(a, b, **options)[1]
+        np.testing.assert_allclose(map[i, 0, 5:-5, 5:-5], wanted[5:-5, 5:-5], rtol=1e-3, atol=1e-5)
+
+
 def _window_mean(map, y, x):
     return float(map[max(0, y - 2) : y + 3, max(0, x - 2) : x + 3].mean())
 
@@ -340,6 +352,7 @@ WRONG = [
     ("--sets", {"sets": 5}),  # of four cells at 16
     ("--width", {"width": 0}),
     ("--window", {"window": 4}),
+    ("--residual", {"residual": "square"}),
     ("--structure-weight", {"structure_weight": -1.0}),
     ("--lr", {"lr": 0.0}),
     ("--weight-decay", {"weight_decay": -1.0}),
@@ -355,7 +368,7 @@ def test_mistakes_get_a_sentence(named, wrong):
 
 def test_training_lowers_each_part_of_the_loss_and_finds_defects(mvtec):
     """Images are told apart untrained: noise has gradients of its own. Where the defect is, is not."""
-    size = {"input_size": 64, "width": 8, "window": 9}
+    size = {"input_size": 64, "width": 8, "window": 9, "cells": [4, 8], "lr": 4e-3, "residual": "gradient"}
     untrained = create_model("riad", "lite", **size).eval()
     options = dict(arguments=size, data_options={"batch_size": 4}, trainer_options={"max_steps": 40})
     trained, record = fit("riad", str(mvtec), preset="lite", **options)
