@@ -133,9 +133,9 @@ def main():
     for method in options.methods:
         command = [sys.executable, __file__, "--one", "--methods", method]
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-        runs = [run for run in runs if run["method"] != method] + [json.loads(out.splitlines()[-1])]
-        runs.sort(key=lambda run: run["method"])
-        print(table(runs[-1:]).splitlines()[-1], flush=True)
+        new = json.loads(out.splitlines()[-1])
+        print(table([new]).splitlines()[-1], flush=True)
+        runs = sorted([run for run in runs if run["method"] != method] + [new], key=lambda run: run["method"])
         if options.out:
             report = {"images": IMAGES, "assumed_flops": RATE, "runs": runs, **record.environment(torch.device("cpu"))}
             options.out.write_text(json.dumps(report, indent=1) + "\n")
