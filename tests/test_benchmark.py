@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from zoo import paper
-from zoo.benchmark import publishable, read_index
+from zoo.benchmark import read_index
 from zoo.cards import FURTHER, METRICS
 from zoo.checkpoint import dump
 from zoo.cli import main
@@ -26,6 +26,7 @@ from zoo.data import load_data
 from zoo.data.halves import halves
 from zoo.nn.features import find_weights
 from zoo.plan import Plan, jobs_of, run_key, trainer_options
+from zoo.reasons import publishable, reason
 from zoo.report import render
 from zoo.trial import run
 
@@ -356,7 +357,7 @@ def test_figure_1_of_another_method_and_rendering_alone(bench, tmp_path, capsys)
         assert f"predicted mask by {method}" in (out / "index.html").read_text()
     capsys.readouterr()
     assert main(["benchmark", "--render", str(out), "--figure-method", "cfa"]) == 2
-    assert "no Figure 1 by cfa" in capsys.readouterr().err
+    assert "--figure-method cfa is not one of" in capsys.readouterr().err
     assert main(["benchmark", "--render", str(tmp_path)]) == 2 and "holds no benchmark" in capsys.readouterr().err
 
 
@@ -392,6 +393,8 @@ def test_presets_about_steps_leave_methods_without_steps_alone(tmp_path):
         (["--data", "/nowhere/at/all", "--preset", "lite"], "/nowhere"),
         (["--data", "synthetic:good=1,defect=7", "--preset", "lite"], "two normal and two anomalous"),
         (["--data", DATA, "--methods", "stfpm"], "--preset lite"),
+        (["--data", DATA, "--preset", "lite", "--figure-method", "padin"], "did you mean padim"),
+        (["--data", DATA, "--preset", "lite", "--methods", "padim", "--figure-method", "cfa"], "--figure-method cfa"),
     ],
 )
 def test_mistakes_are_one_sentence(argv, words, tmp_path, capsys):
@@ -401,8 +404,49 @@ def test_mistakes_are_one_sentence(argv, words, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_places_of_this_machine_are_cut():
-    home = str(Path.home())
-    assert publishable(f"{home}/data/a b/x.png is broken", [f"{home}/data/a b"]) == "a b/x.png is broken"
-    assert publishable("No file /srv/users/ann/x.png; look.", []) == "No file x.png; look."
-    assert publishable("10 images/s, and/or 3/4", []) == "10 images/s, and/or 3/4"
+def test_a_figure_by_a_method_that_failed(bench, tmp_path, capsys):
+    """Tables and page are written and say so; the picture of a run before it failed is not shown."""
+    out = tmp_path / "out"
+    shutil.copytree(bench["first"], out)
+    (out / "runs/stfpm-seed0").mkdir()
+    shutil.copy(out / "runs/padim-seed0/figure1.png", out / "runs/stfpm-seed0")
+    (out / "table3.md").unlink()
+    assert main(["benchmark", "--render", str(out), "--figure-method", "stfpm"]) == 0
+    assert "no run of stfpm has succeeded" in capsys.readouterr().out
+    assert "no run of stfpm has succeeded" in (out / "index.html").read_text()
+    assert (out / "table3.md").is_file() and not (out / "figure1.png").exists()
+
+
+HOME = "/home/ann.b-smith"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("HOME/data/a b/x.png is broken", "a b/x.png is broken"),
+        ("--data miic:HOME/data/a b has none; ann.b-smith", "--data a b has none; ..."),
+        ("No file /srv/users/ann/x.png; look.", "No file x.png; look."),
+        ("10 images/s, and/or 3/4", "10 images/s, and/or 3/4"),
+        ("~/secret/w.safetensors and ~bob/y and HOME.", "w.safetensors and ... and ...."),
+        ("file:///srv/x y, hub://who@there/z", "... y, ..."),
+        ("[Errno 2] No such file: '/srv/my stuff/x.png'", "[Errno 2] No such file: 'x.png'"),
+        ('in "miic:/srv/my stuff/deep" and ../ann/w.pt, up/../../ann/v', 'in "..." and w.pt, ...'),
+        ("can't reach node7.lan:29500, 10.0.0.5, 10.0.0.5:80 or [fe80::1]:29500", "can't reach ..., ..., ... or ..."),
+        ("fe80::a1b:2 is away; --device cuda:12 has 3:4", "... is away; --device cuda:12 has 3:4"),
+        ("../rel ative/data: empty", "data: empty"),
+    ],
+)
+def test_places_of_this_machine_are_cut(text, expected, monkeypatch):
+    monkeypatch.setenv("HOME", HOME)
+    places = [f"miic:{HOME}/data/a b", "../rel ative/data", "synthetic:train=3", HOME]
+    assert publishable(text.replace("HOME", HOME), places) == expected
+
+
+def test_an_unforeseen_error_is_told_by_its_class_alone(tmp_path):
+    log = tmp_path / "padim-seed0.log"
+    job = {"out": "/proc/nowhere", "method": "padim"}  # no whole job
+    launch = [sys.executable, "-m", "zoo.trial", json.dumps(job)]
+    with open(log, "wb") as said, subprocess.Popen(launch, stdin=subprocess.PIPE, stderr=said) as child:
+        code = child.wait()
+    assert code == 2 and "Traceback" in log.read_text()
+    assert reason(log, code, []) == "KeyError; see logs/padim-seed0.log"

@@ -6,12 +6,9 @@ under `models/`. A run with a record is done; any other is started again and goe
 """
 
 import json
-import os
-import re
 import signal
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,8 +18,10 @@ from filelock import FileLock, Timeout
 from zoo.checkpoint import dump, write_text
 from zoo.errors import ZooError
 from zoo.launch import Launcher
+from zoo.methods import method_id
 from zoo.plan import FORMAT_VERSION, Plan, jobs_of, run_key
 from zoo.ranks import launched
+from zoo.reasons import reason
 
 INDEX = "benchmark.json"
 
@@ -42,6 +41,10 @@ def run_benchmark(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str,
         ZooError: a mistake in the plan, another benchmark in the folder, or one that works there right now.
     """
     index, jobs = jobs_of(plan)
+    if plan.figure_method:
+        check_figure_method(
+            plan.figure_method, index["methods"].keys() | read_index(plan.out).get("methods", {}).keys()
+        )
     first = launched()[0] == 0
     with _alone(plan.out, first), _sigterm_as_interrupt():
         if first:
@@ -64,11 +67,11 @@ def run_benchmark(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str,
             if is_done(record, job["key"]):
                 say(f"    image ROC {record['metrics']['image_auroc']:.4f} ({took[job['method']]:.0f} s)")
             elif first:
-                reason = _reason(_log(plan.out, job["name"]), code, job)
-                failed = {"failed": reason, "method": job["method"], "seed": job["seed"]}
+                why = reason(_log(plan.out, job["name"]), code, _places(job))
+                failed = {"failed": why, "method": job["method"], "seed": job["seed"]}
                 failed["benchmark"] = {"key": job["key"], "name": job["name"]}
                 write_text(plan.out / "runs" / f"{job['name']}.json", dump(failed))
-                say(f"    failed: {reason}")
+                say(f"    failed: {why}")
     return {job["name"]: read_record(plan.out, job["name"]) for job in jobs}
 
 
@@ -120,6 +123,19 @@ def joined(out: Path, index: dict[str, Any]) -> dict[str, Any]:
     return found | {"methods": found["methods"] | index["methods"]}
 
 
+def check_figure_method(name: str, methods: Collection[str]) -> str:
+    """The id of the method that Figure 1 is to show.
+
+    Raises:
+        ZooError: there is no such method, or it is not one of these.
+    """
+    method = method_id(name)
+    if method not in methods:
+        known = ", ".join(sorted(each.replace("_", "-") for each in methods))
+        raise ZooError(f"--figure-method {name} is not one of the methods that are compared: {known}.")
+    return method
+
+
 def read_record(out: Path, name: str) -> dict[str, Any]:
     """The record of a run; {} where there is none that can be read."""
     try:
@@ -150,25 +166,9 @@ def _log(out: Path, name: str) -> Path:
     return out / "logs" / (f"{name}.log" if not rank else f"{name}-rank{rank}.log")
 
 
-def _reason(log: Path, code: int, job: dict[str, Any]) -> str:
-    """Why a run failed, in a sentence without a place of this machine."""
-    said = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    lines = [line for line in said if line.startswith("zoo: ")]
-    if lines:
-        own = [value for value in job["arguments"].values() if isinstance(value, str)]
-        return publishable(lines[0].removeprefix("zoo: "), [job["data"], job["out"], *own])
-    if code < 0:
-        return f"ended by {signal.Signals(-code).name}" + ": out of memory?" * (code == -signal.SIGKILL)
-    return f"ended with code {code}; see logs/{log.name}"
-
-
-def publishable(text: str, places: Sequence[str]) -> str:
-    """A text in which absolute paths are cut down to their last part."""
-    known = [os.path.abspath(place) for place in places]
-    for place in sorted([*known, os.path.expanduser("~"), os.getcwd(), sys.prefix], key=len, reverse=True):
-        if len(place) > 1:
-            text = text.replace(place, os.path.basename(place))
-    return re.sub(r"(?<![\w.:/])/(?:[^\s/:;,'\"()]+/)*([^\s/:;,'\"()]+)", r"\1", text)
+def _places(job: dict[str, Any]) -> list[str]:
+    """What a run was given that may be a place of this machine."""
+    return [job["data"], job["out"], *(value for value in job["arguments"].values() if isinstance(value, str))]
 
 
 @contextmanager

@@ -25,6 +25,7 @@ class Plan:
 
     `budget` is a number of optimiser steps for each method that takes steps ("300"), or a share of what the preset has
     for it ("10%"). `arguments` are values of a method's own arguments by method. `batch_size` None takes the preset's.
+    `figure_method` is whose Figure 1 is to be shown in the end.
     """
 
     data: str
@@ -42,6 +43,7 @@ class Plan:
     device: str = "auto"
     devices: int = 1
     precision: str = "32-true"
+    figure_method: str | None = None
 
 
 def trainer_options(method: str, preset: str, budget: str | None, select: str) -> dict[str, Any]:

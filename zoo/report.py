@@ -10,10 +10,9 @@ from typing import Any
 import jinja2
 
 from zoo import paper, plots, summary
-from zoo.benchmark import read_index, read_records
+from zoo.benchmark import check_figure_method, read_index, read_records
 from zoo.checkpoint import write_text
 from zoo.errors import ZooError
-from zoo.methods import method_id
 
 GALLERY, FIGURE1 = "pictures.json", "figure1.png"  # as `zoo.gallery` writes them
 METRICS_NOTE = (
@@ -35,7 +34,7 @@ def render(out: Path, figure_method: str | None = None) -> list[Path]:
         The files that were written.
 
     Raises:
-        ZooError: no benchmark there, or no run of that method.
+        ZooError: no benchmark there, or none of that method.
     """
     index = read_index(out)
     if not index:
@@ -43,7 +42,7 @@ def render(out: Path, figure_method: str | None = None) -> list[Path]:
     records = read_records(out, index)
     found = summary.tables(index, records)
     counted = next(iter(found.values()))
-    method = method_id(figure_method) if figure_method else summary.best_method(counted)
+    method = check_figure_method(figure_method, index["methods"]) if figure_method else summary.best_method(counted)
     with_paper = any(row.source != summary.OURS for row in counted)
     titles = {name: _title(name, index) for name in found}
     about = {"index": index, "titles": titles, "note": METRICS_NOTE, "paper": paper.ABOUT if with_paper else None}
@@ -51,7 +50,7 @@ def render(out: Path, figure_method: str | None = None) -> list[Path]:
     write_text(out / "table3.md", _markdown(found, about))
     write_text(out / "table3.tex", _latex(found, about))
     written = [out / name for name in ("table3.md", "table3.tex", "table3.csv")]
-    written += _figures(out, counted, records, method, figure_method)
+    written += _figures(out, counted, records, method)
     pictures = {path.name for path in written}
     page = _template().render(
         about,
@@ -118,11 +117,11 @@ def _latex(found: dict[str, list[summary.Row]], about: dict[str, Any]) -> str:
     return "\n".join([*parts, *comment]) + "\n"
 
 
-def _figures(
-    out: Path, rows: list[summary.Row], records: list[dict[str, Any]], method: str | None, asked: str | None
-) -> list[Path]:
-    """Figure 2 from the rows; Figure 1 is that of a run."""
+def _figures(out: Path, rows: list[summary.Row], records: list[dict[str, Any]], method: str | None) -> list[Path]:
+    """Figure 2 from the rows; Figure 1 is that of a run that has succeeded. One that can't be had is not left over."""
     written = []
+    for name in (FIGURE1, "figure2.png"):
+        (out / name).unlink(missing_ok=True)
     bars = [row for row in rows if "image_f1_max" in row.values]
     if bars:
         named = [(row.label.replace(f", {row.source}", "\nthe paper's"), row.source == summary.OURS) for row in bars]
@@ -131,10 +130,10 @@ def _figures(
     drawn = [
         path
         for record in records
-        if record["method"] == method and (path := out / "runs" / record["benchmark"]["name"] / FIGURE1).is_file()
+        if record["method"] == method
+        and "failed" not in record
+        and (path := out / "runs" / record["benchmark"]["name"] / FIGURE1).is_file()
     ]
-    if asked and not drawn:
-        raise ZooError(f"There is no Figure 1 by {asked} in {out}; take a method that has run.")
     if drawn:
         temporary = out / ".figure1.png.part"
         shutil.copyfile(drawn[0], temporary)

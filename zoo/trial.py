@@ -26,6 +26,7 @@ from zoo.fit import fit, store_evaluation
 from zoo.module import AnomalyModule
 from zoo.protocol import PAPER_SIZE, evaluate_by, load_last_weights
 from zoo.ranks import launched
+from zoo.reasons import SENTENCE, UNFORESEEN
 from zoo.run import RunOptions, device_of
 
 TIMED, WARMED = 20, 3  # images
@@ -127,18 +128,18 @@ def _end_with_parent() -> None:
 
 
 def main(text: str) -> int:
-    """Run a job given as JSON; the last line on stderr says in one sentence why it failed."""
+    """Run a job given as JSON; the last line on stderr says why it failed, as `zoo.reasons` reads it."""
     _end_with_parent()
     try:
         run(json.loads(text))
         return 0
     except ZooError as error:
-        print(f"zoo: {error}", file=sys.stderr)
+        print(f"{SENTENCE}{' '.join(str(error).split())}", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         traceback.print_exc()
-        print(f"zoo: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{UNFORESEEN}{type(error).__name__}", file=sys.stderr)
     return 2
 
 
