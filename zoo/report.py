@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 from zoo import paper, plots, summary
-from zoo.benchmark import check_figure_method, read_index, read_records
+from zoo.benchmark import alone, check_figure_method, read_index, read_records
 from zoo.checkpoint import write_text
 from zoo.errors import ZooError
 
@@ -20,7 +20,7 @@ METRICS_NOTE = (
     "the evaluated images themselves; F1 at val threshold takes the threshold that was best on the val half. PR is "
     "average precision. PRO is the exact area up to a false-positive rate of 0.3; PRO dfr200 is the recipe of 200 "
     "equally spaced thresholds with both axes stretched, for comparison with papers that use it. The time of an image "
-    "is the median of images scored alone; a fit that went on after a stop is left out of fit s."
+    "is the median of images scored alone; of a fit that went on after a stop the seconds are added up."
 )
 
 
@@ -36,9 +36,13 @@ def render(out: Path, figure_method: str | None = None) -> list[Path]:
     Raises:
         ZooError: no benchmark there, or none of that method.
     """
-    index = read_index(out)
-    if not index:
+    if not (index := read_index(out)):
         raise ZooError(f"{out} holds no benchmark; make one: zoo benchmark --data DATA --out {out}.")
+    with alone(out):
+        return _rendered(out, index, figure_method)
+
+
+def _rendered(out: Path, index: dict[str, Any], figure_method: str | None) -> list[Path]:
     records = read_records(out, index)
     found = summary.tables(index, records)
     counted = next(iter(found.values()))

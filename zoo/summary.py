@@ -75,12 +75,11 @@ def tables(index: dict[str, Any], records: Sequence[dict[str, Any]]) -> dict[str
 
 
 def _costs(records: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float | None]]:
-    """What a run costs; the seconds of a fit that went on after a stop are not those of a whole one."""
     costs = []
     for record in records:
         cost = {key: record["cost"][key] for key in ("ms_per_image", "checkpoint_mb")}
         cost |= {key: record[key] for key in ("peak_memory_mb", "peak_gpu_memory_mb") if key in record}
-        costs.append(cost if record.get("resumed") else cost | {"fit_seconds": record["seconds"]["fit"]})
+        costs.append(cost | {"fit_seconds": record["seconds"]["fit"]})
     return _spread(costs)
 
 
