@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from zoo import paper
+from zoo import paper, plots
 from zoo.benchmark import read_index
 from zoo.cards import FURTHER, METRICS
 from zoo.checkpoint import dump
@@ -182,6 +182,77 @@ def test_the_page_shows_what_lies_beside_it(bench):
     normals = sorted((float(row["score"]) for row in rows if row["label"] == "0"), reverse=True)
     alarms = [picture["score"] for picture in listed if picture["group"] == "false alarms"]
     assert alarms == pytest.approx(normals[:3], rel=1e-6)
+
+
+def test_costs_have_their_spread_and_missing_seeds_are_told(bench, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(bench["out"], out)
+    found = [record["seconds"]["fit"] for name, record in records_of(out).items() if name.startswith("padim")]
+    render(out)
+    padim = next(line for line in (out / "table3.md").read_text().splitlines() if line.startswith("| padim"))
+    mean, deviation = statistics.mean(found), statistics.stdev(found)
+    assert f"| {mean:.1f} ± {deviation:.1f} |" in padim and "| padim | 2 |" in padim
+    (out / "runs/padim-seed1.json").unlink()
+    for seed in (0, 1):
+        (out / f"runs/stfpm-seed{seed}.json").unlink()
+    render(out)
+    page, text = (out / "index.html").read_text(), (out / "table3.md").read_text()
+    assert "| padim | 1 of 2 |" in text and "| stfpm | 0 of 2 | - |" in text
+    assert "padim-seed1, stfpm-seed0, stfpm-seed1" in page
+
+
+def test_latex_is_whole(bench, tmp_path):
+    """What TeX would stumble over: braces, environments, letters that mean something, columns."""
+    out, bad = tmp_path / "out", "50% of <a|b> & $x_1 {y}^2 ~ #3 \\n --preset; "
+    shutil.copytree(bench["first"], out)
+    path = out / "runs/stfpm-seed0.json"
+    path.write_text(dump(json.loads(path.read_text()) | {"failed": bad + "long " * 60}))
+    render(out)
+    text = (out / "table3.tex").read_text()
+    assert "\\resizebox{\\textwidth}" in text and text.count("\\begin{table*}") == text.count("\\end{table*}") == 2
+    assert "\\caption{Benchmark on" in text and "half of it chose the step" in text and "average precision" in text
+    assert (
+        "50\\% of \\textless{}a\\textbar{}b\\textgreater{} \\& \\$x\\_1 \\{y\\}\\textasciicircum{}2 "
+        "\\textasciitilde{} \\#3 \\textbackslash{}n -{}-preset"
+    ) in text
+    for table in re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, re.DOTALL):
+        lines = [line for line in table[1].splitlines() if line.endswith("\\\\")]
+        assert len(lines) == 3 and all(len(line.split(" & ")) == len(table[0]) for line in lines)
+        assert "long" not in table[1]
+    body = re.sub(r"(?m)^%.*|(?<=\{)%$", "", text)
+    plain = re.sub(r"\\[{}%&#_$\\]", "", body)
+    assert plain.count("{") == plain.count("}") and not set("%#<>|^~") & set(plain)
+
+
+def test_figure_2_says_what_it_shows(monkeypatch, tmp_path):
+    """One method, pixels not measured: one bar, its legend inside of the picture, the reading in the title."""
+    drawn, save = [], plots._save_figure
+    monkeypatch.setattr(plots, "_save_figure", lambda figure, path: (drawn.append(figure), save(figure, path)))
+    plots.figure2([("padim", True, {"image_f1_max": (0.5, None)})], tmp_path / "figure2.png", "Held-out half, " * 8)
+    (figure,) = drawn
+    (axis,), (legend,) = figure.axes, figure.legends
+    figure.draw_without_rendering()
+    assert len(axis.patches) == 1 and [text.get_text() for text in legend.get_texts()] == ["image"]
+    assert axis.get_title().replace("\n", " ").startswith("Held-out half, Held-out half")
+    for artist in (legend, axis.title):
+        box = artist.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
+    assert not legend.get_window_extent().overlaps(axis.title.get_window_extent())
+
+
+def test_a_single_kind_of_defects_has_many_pictures(mvtec, tmp_path):
+    """As MIIC's, whose names tell no kind: rows over the quantiles of the scores, half of the rest hits and misses."""
+    plan = Plan(str(mvtec), ["padim"], tmp_path / "out", 1, "lite", arguments={"padim": SIZES["padim"]}, device="cpu")
+    plan.protocol = "paper"
+    here(plan)
+    listed = json.loads((plan.out / "runs/padim-seed0/pictures.json").read_text())
+    groups = [[p["score"] for p in listed if p["group"] == name] for name in ("hits", "misses", "false alarms")]
+    assert [len(scores) for scores in groups] == [3, 3, 6] and {p["kind"] for p in listed} == {"defect", ""}
+    assert min(groups[0]) >= max(groups[1]) and groups[1] == sorted(groups[1])
+    page = (plan.out / "index.html").read_text()
+    assert "<h3>hits: defect</h3>" in page and "over the quantiles of their scores" in page
+    with Image.open(plan.out / "figure1.png") as picture:
+        assert picture.size[1] > 1.2 * picture.size[0]  # six rows
 
 
 def test_text_of_a_data_set_is_escaped(bench, tmp_path):

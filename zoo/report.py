@@ -13,8 +13,9 @@ from zoo import paper, plots, summary
 from zoo.benchmark import alone, check_figure_method, read_index, read_records
 from zoo.checkpoint import write_text
 from zoo.errors import ZooError
+from zoo.plan import run_name
 
-GALLERY, FIGURE1 = "pictures.json", "figure1.png"  # as `zoo.gallery` writes them
+GALLERY, FIGURE1, ONE_KIND = "pictures.json", "figure1.png", "defect"  # as `zoo.gallery` writes them
 METRICS_NOTE = (
     "Figures are in percent, mean and standard deviation over seeds. F1 is the maximum over all thresholds, chosen on "
     "the evaluated images themselves; F1 at val threshold takes the threshold that was best on the val half. PR is "
@@ -54,15 +55,18 @@ def _rendered(out: Path, index: dict[str, Any], figure_method: str | None) -> li
     write_text(out / "table3.md", _markdown(found, about))
     write_text(out / "table3.tex", _latex(found, about))
     written = [out / name for name in ("table3.md", "table3.tex", "table3.csv")]
-    written += _figures(out, counted, records, method)
+    written += _figures(out, counted, records, method, titles[next(iter(found))])
     pictures = {path.name for path in written}
+    galleries = _galleries(out, records)
     page = _template().render(
         about,
         tables={name: (*summary.cells(rows), rows) for name, rows in found.items()},
         facts=_facts(index, records),
         figures=pictures,
         figure_method=method,
-        galleries=_galleries(out, records),
+        counted=titles[next(iter(found))],
+        galleries=galleries,
+        one_kind=any(g["one_kind"] for g in galleries if g["method"] == (method or "").replace("_", "-")),
     )
     write_text(out / "index.html", page)
     return [*written, out / "index.html"]
@@ -88,6 +92,9 @@ def _facts(index: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, st
     facts = {"data": f"{common['data']['name']} (fingerprint {common['data']['fingerprint'][:16]})"}
     facts |= {"protocol": common["protocol"], "step chosen by": common["select"]}
     presets = sorted({how["preset"] for how in index["methods"].values()})
+    names = {run_name(method, seed) for method, count in index.get("seeds", {}).items() for seed in range(count)}
+    if missing := sorted(names - {record["benchmark"]["name"] for record in records}):
+        facts["runs without a record"] = ", ".join(missing)
     facts |= {"preset": ", ".join(presets), "budget": common["budget"] or "the preset's"}
     if done:
         parts = {record["readings"].get("held_out", record["readings"]["full"])["anomalous"] for record in done}
@@ -114,14 +121,16 @@ def _markdown(found: dict[str, list[summary.Row]], about: dict[str, Any]) -> str
 
 
 def _latex(found: dict[str, list[summary.Row]], about: dict[str, Any]) -> str:
-    parts = ["% needs \\usepackage{booktabs}"]
-    for name, rows in found.items():
-        parts += [f"% {about['titles'][name]}", summary.latex(rows)]
-    comment = [f"% {text}" for text in (about["note"], about["paper"]) if text]
-    return "\n".join([*parts, *comment]) + "\n"
+    data = about["index"]["common"]["data"]["name"]
+    parts = ["% needs \\usepackage{booktabs} and \\usepackage{graphicx}"]
+    parts += [summary.latex(rows, f"Benchmark on {data}. {about['titles'][name]}") for name, rows in found.items()]
+    parts += [rf"\noindent {summary.tex(text)}" for text in (about["note"], about["paper"]) if text]
+    return "\n\n".join(parts) + "\n"
 
 
-def _figures(out: Path, rows: list[summary.Row], records: list[dict[str, Any]], method: str | None) -> list[Path]:
+def _figures(
+    out: Path, rows: list[summary.Row], records: list[dict[str, Any]], method: str | None, title: str
+) -> list[Path]:
     """Figure 2 from the rows; Figure 1 is that of a run that has succeeded. One that can't be had is not left over."""
     written = []
     for name in (FIGURE1, "figure2.png"):
@@ -129,7 +138,8 @@ def _figures(out: Path, rows: list[summary.Row], records: list[dict[str, Any]], 
     bars = [row for row in rows if "image_f1_max" in row.values]
     if bars:
         named = [(row.label.replace(f", {row.source}", "\nthe paper's"), row.source == summary.OURS) for row in bars]
-        plots.figure2([(*name, row.values) for name, row in zip(named, bars, strict=True)], out / "figure2.png")
+        shown = [(*name, row.values) for name, row in zip(named, bars, strict=True)]
+        plots.figure2(shown, out / "figure2.png", title)
         written.append(out / "figure2.png")
     drawn = [
         path
@@ -154,10 +164,13 @@ def _galleries(out: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]
         if method in galleries or not listed.is_file() or "failed" in record:
             continue
         groups: dict[str, list[dict[str, Any]]] = {}
-        for picture in json.loads(listed.read_text(encoding="utf-8")):
+        pictures = json.loads(listed.read_text(encoding="utf-8"))
+        one_kind = {picture["kind"] for picture in pictures if picture["kind"]} == {ONE_KIND}
+        for picture in pictures:
             title = picture["group"] + (f": {picture['kind']}" if picture["kind"] else "")
             groups.setdefault(title, []).append(picture | {"link": f"runs/{name}/{picture['file']}"})
-        galleries[method] = {"method": method.replace("_", "-"), "seed": record["seed"], "groups": groups}
+        about = {"method": method.replace("_", "-"), "seed": record["seed"], "one_kind": one_kind}
+        galleries[method] = about | {"groups": groups}
     return list(galleries.values())
 
 
