@@ -388,17 +388,19 @@ def test_images_without_masks_and_broken_ones(mvtec, tmp_path):
     assert "PRO</th>" not in (plan.out / "index.html").read_text()
 
 
-def test_an_interrupt_ends_the_run_too(tmp_path):
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupt_ends_the_run_too(sent, tmp_path):
+    """Ctrl-C goes to all processes of a terminal: the run's is spared, and asked to end by its benchmark."""
     out = tmp_path / "out"
-    launch = [sys.executable, "-m", "zoo.cli", *command(out, "stfpm", budget=2000)]
-    job = subprocess.Popen(launch, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    launch = [sys.executable, "-m", "zoo.cli", *command(out, "stfpm", budget=300)]
+    job = subprocess.Popen(launch, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
     log = out / "logs" / "stfpm-seed0.log"
-    while not (log.is_file() and "Fitting" in log.read_text()):
+    while not (log.is_file() and "Step 30 of 300" in log.read_text()):
         assert job.poll() is None
         time.sleep(0.05)
-    job.send_signal(signal.SIGTERM)
+    (os.killpg if sent == signal.SIGINT else os.kill)(job.pid, sent)
     assert job.wait(timeout=30) == 130 and "stopped" in job.stderr.read()
-    assert not records_of(out)
+    assert not records_of(out) and (out / "unfinished" / "stfpm-seed0" / "last.ckpt").is_file()
 
 
 def test_two_at_once_share_the_runs(tmp_path):

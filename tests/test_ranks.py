@@ -290,6 +290,12 @@ def test_a_benchmark_by_two_processes(tmp_path):
         assert len(scores) == len(set(scores)) == 1 + 4 + 4
     page = (tmp_path / "index.html").read_text()
     assert all(method in page for method in given) and "2 processes" in page
+    # What the first process refuses, all refuse: none waits for it
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    another = ["zoo", *options("padim"), "--select", "last"]
+    keep = ["bash", "-c", '"$@"; echo "ended with $?" >&2', "bash", *another]  # else torchrun ends the second one
+    refused = subprocess.run([*launch, *keep], capture_output=True, text=True, timeout=100)
+    assert refused.stderr.count("another select") == refused.stderr.count("ended with 2") == 2, refused.stderr
 
 
 def test_slurm_is_asked_rightly(monkeypatch, capsys):

@@ -96,7 +96,8 @@ def _claimed(
                 if launcher.agree(launcher.rank == 0 and not _hold(out, job["name"], held)):
                     continue
                 theirs -= 1
-                if launcher.agree(_changed(out, job["name"]) == before[job["name"]]):  # else another one has done it
+                done = is_done(read_record(out, job["name"]), job["key"])
+                if not launcher.agree(done or _changed(out, job["name"]) != before[job["name"]]):  # by another one
                     launcher.first(partial(_look_at_checkpoint, hub.unfinished_place(job["name"], out), say))
                     yield job, left
                 left.remove(job)
