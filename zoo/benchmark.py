@@ -45,8 +45,8 @@ def run_benchmark(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str,
     Raises:
         ZooError: a mistake in the plan, or another benchmark in the folder.
     """
-    index, jobs = jobs_of(plan)
     launcher = Launcher(plan.devices)
+    index, jobs = launcher.first(partial(jobs_of, plan))
     launcher.first(partial(_open, plan, index))
     with _writable(plan.out), _sigterm_as_interrupt():
         missing = [job for job in jobs if not is_done(read_record(plan.out, job["name"]), job["key"])]

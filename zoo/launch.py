@@ -46,20 +46,22 @@ class Launcher:
         """The value of each process."""
         return ranks.gather(value) if self.world > 1 else [value]
 
-    def first(self, work: Callable[[], None]) -> None:
-        """Let the first process do something alone.
+    def first(self, work: Callable[[], Any]) -> Any:
+        """Let the first process do something alone; all have what it returns.
 
         Raises:
             ZooError: in all processes, where it did so in the first one.
         """
-        mistake = None
+        value = mistake = None
         if self.rank == 0:
             try:
-                work()
+                value = work()
             except ZooError as error:
                 mistake = str(error)
-        if mistake := self.agree(mistake):
+        value, mistake = self.agree((value, mistake))
+        if mistake:
             raise ZooError(mistake)
+        return value
 
     def run(self, job: dict[str, Any], log: Path) -> tuple[int, bool]:
         """Run a job, what it says going into a log.

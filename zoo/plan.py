@@ -138,7 +138,8 @@ def _placeless(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _is_path(value: Any) -> bool:
-    return isinstance(value, str) and (value.startswith(("/", "~", "./", "../")) or os.path.exists(value))
+    """Whether an argument names a file or folder, be it there or not; hf-hub:ORG/NAME names none."""
+    return isinstance(value, str) and (value.startswith("~") or "/" in value.split(":")[0] or os.path.exists(value))
 
 
 def _digest(path: Path) -> str | None:
