@@ -1,7 +1,9 @@
 """The house protocol and the paper's, against scikit-learn on the images that each of them means."""
 
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -150,3 +152,21 @@ def test_mistakes_get_a_sentence(mvtec, tmp_path, capsys):
     (model_place("m") / checkpoint.LAST).write_bytes(b"broken")
     assert main(["evaluate", "m", "--data", str(mvtec), "--protocol", "house"]) == 2
     assert "last.safetensors" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_an_evaluation_that_is_asked_to_end_does_not_pass_for_done(batch, mvtec, monkeypatch, capsys):
+    """SIGTERM in the first and in the last batch of three."""
+    model, _ = fitted("padim", mvtec, "m")
+    forward, seen = type(model).forward, []
+
+    def asked(self, *arguments):
+        seen.append(1)
+        if len(seen) == batch:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return forward(self, *arguments)
+
+    monkeypatch.setattr(type(model), "forward", asked)
+    assert main(["evaluate", "m", "--data", str(mvtec), "--batch-size", "4"]) == 2
+    assert len(seen) == batch and "The evaluation was asked to end" in capsys.readouterr().err
+    assert "metrics" not in json.loads((model_place("m") / checkpoint.RECORD).read_text())

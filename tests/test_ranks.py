@@ -290,6 +290,21 @@ def test_a_benchmark_by_two_processes(tmp_path):
         assert len(scores) == len(set(scores)) == 1 + 4 + 4
     page = (tmp_path / "index.html").read_text()
     assert all(method in page for method in given) and "2 processes" in page
+    # What the first process refuses, all refuse: none waits for it
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
+    another = ["zoo", *options("padim"), "--select", "last"]
+    keep = ["bash", "-c", '"$@"; echo "ended with $?" >&2', "bash", *another]  # else torchrun ends the second one
+    refused = subprocess.run([*launch, *keep], capture_output=True, text=True, timeout=100)
+    assert refused.stderr.count("another select") == refused.stderr.count("ended with 2") == 2, refused.stderr
+
+
+def test_a_run_that_fails_in_one_process_says_what_that_one_says(mvtec, tmp_path):
+    """The second process finds no data where it is; the first one waits for it, and is ended."""
+    about = f"--data {mvtec.name} --out {tmp_path} --methods padim --preset lite --seeds 1 --device cpu"
+    apart = f"cd {mvtec.parent}; [ $RANK = 1 ] && cd {tmp_path}; zoo benchmark {about}"
+    torchrun("--no-python", "bash", "-c", apart)
+    failed = json.loads((tmp_path / "runs/padim-seed0.json").read_text())["failed"]
+    assert mvtec.name in failed and "see logs" not in failed and "asked to end" not in failed
 
 
 def test_slurm_is_asked_rightly(monkeypatch, capsys):

@@ -283,8 +283,10 @@ def benchmark(argv: list[str]) -> None:
     if not launched()[0]:
         from zoo.report import render
 
-        render(out, options.figure_method)
-        print(f"Table 3, the figures and index.html are in {out}.")
+        written = [path.name for path in render(out, options.figure_method)]
+        if options.figure_method and "figure1.png" not in written:
+            print(f"There is no Figure 1: no run of {options.figure_method} has succeeded.")
+        print(f"{', '.join(written)} are in {out}.")
 
 
 def data(argv: list[str]) -> None:

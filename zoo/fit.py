@@ -36,7 +36,7 @@ from zoo.nn.features import weights_at_hand
 from zoo.pairs import apart_from
 from zoo.ranks import launched
 from zoo.resume import Unfinished, WholeFiles, checkpoint_to_resume
-from zoo.run import RunOptions, device_of, plan_training
+from zoo.run import BATCH, RunOptions, device_of, plan_training
 from zoo.training import kept, trained, training
 
 LONG = 10  # batches: a longer fit is announced with the time and memory that it will take
@@ -48,7 +48,7 @@ PIXEL_SHIFT = 7  # bits of a pixel's score that its quantiles do without: exact 
 class DataOptions:
     """Options of the data module that a preset, the command line or a caller may set."""
 
-    batch_size: int = 32
+    batch_size: int = BATCH
     num_workers: int | None = None
     train_fraction: float = 1.0
     resize: int | None = None
@@ -143,20 +143,21 @@ def fit(
     limits = {"max_epochs": 1}
     if plan is not None:
         limits, callbacks = training(plan, module, run)
-    path = None
+    path = unfinished = None
     if name is not None:
         unfinished = Unfinished(hub.unfinished_place(name, home), checkpoint_minutes, run.say)
         path = checkpoint_to_resume(unfinished.path, resume, run)
         callbacks.append(unfinished)
     start = time.perf_counter()
-    with _quiet(), _ended(name):
+    with _quiet(), _ended("fit", "; the same command with --resume goes on" if name else ""):
         trainer = _trainer(run, callbacks, **limits)
         try:
             trainer.fit(model, datamodule=module, ckpt_path=path, weights_only=True)
         except NotFinite as error:
             raise kept(error, model, place and unfinished.path.with_name("last-good")) from None
     model.eval()
-    seconds = {"fit": round(time.perf_counter() - start, 2)}
+    own_seconds = time.perf_counter() - start
+    seconds = {"fit": round(own_seconds + (unfinished.spent if unfinished else 0.0), 2)}
     start = time.perf_counter()
     heldout = calibrate_on_heldout(model, module, trainer.strategy.root_device)
     seconds["held_out"] = round(time.perf_counter() - start, 2)
@@ -180,11 +181,11 @@ def fit(
     if needs is not None:
         result["estimate"] = {"seconds": round(needs.seconds, 1), "memory_mb": round(needs.bytes / 2**20, 1)}
     if path is not None:
-        result["resumed"] = True  # the seconds are those since then
+        result["resumed"] = True  # the seconds are those of all processes, up to the checkpoints that were gone on from
     private = {"heldout.csv": checkpoint.csv_text(["image", "score"], heldout)}
     if plan is not None:
         result["configuration"]["trainer"] = asdict(plan)
-        result["training"] = trained(trainer, module, seconds["fit"])
+        result["training"] = trained(trainer, module, own_seconds)
         if by_metric:
             model.selection = {
                 "metric": plan.select,
@@ -255,11 +256,13 @@ def evaluate(
         run.say("The step was chosen on test images of other data; where the two share images, figures are too good.")
     module = AnomalyDataModule(split, input_size=model.size, **asdict(options))
     start = time.perf_counter()
-    with _quiet():
+    with _quiet(), _ended("evaluation"):
         trainer = _trainer(run)
         others = _by_other_scores(model, trainer, module)
         model.tables = [] if bootstrap else None
         (metrics,) = trainer.test(model, datamodule=module, verbose=False)
+        if trainer.received_sigterm:  # in its last batch, after which Lightning doesn't look
+            raise SIGTERMException
     anomalous = sum(label for _, label, _ in model.scored)
     _say_broken(module, run)
     ends = _intervals(model, metrics, bootstrap) if bootstrap else {}
@@ -473,13 +476,12 @@ def _trainer(run: RunOptions, callbacks: Sequence[L.Callback] = (), **options: A
 
 
 @contextlib.contextmanager
-def _ended(name: str | None) -> Iterator[None]:
+def _ended(what: str, hint: str = "") -> Iterator[None]:
     """What Lightning makes of signals -> an interrupt, or one sentence."""
     try:
         yield
     except SIGTERMException as error:
-        hint = "; the same command with --resume goes on" if name else ""
-        raise ZooError(f"The fit was asked to end{hint}.") from error
+        raise ZooError(f"The {what} was asked to end{hint}.") from error
     except torch.OutOfMemoryError as error:
         raise ZooError("The device's memory is full; lower --batch-size.") from error
     except SystemExit as error:

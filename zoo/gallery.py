@@ -16,8 +16,9 @@ from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import kind_of
 from zoo.module import AnomalyModule
 
-EACH = 3  # hits and misses of a kind of defect, and false alarms
-FIGURE_ROWS = 6  # kinds of defects in Figure 1, at most
+EACH, EACH_OF_ONE = 3, 12  # hits and misses of a kind of defect, at most; the same where there is one kind alone
+ONE_KIND = "defect"  # what it is called then
+FIGURE_ROWS = 6  # defects in Figure 1, at most
 SIDE = 192  # pixels of a picture in a gallery, at most
 INDEX, FIGURE1 = "pictures.json", "figure1.png"
 
@@ -39,8 +40,9 @@ def draw(
 ) -> None:
     """Write `figure1.png`, the galleries' pictures and their list, `pictures.json`, into a folder.
 
-    Figure 1 shows of each kind of defect the image of median score, beside the normal images of median score. A
-    picture of a gallery is the image, its defect outlined, beside the heatmap.
+    Figure 1 shows of each kind of defect the image of median score, or of a single kind some over the quantiles of
+    their scores, beside the normal images of median score. A picture of a gallery is the image, its defect outlined,
+    beside the heatmap.
 
     Args:
         model: calibrated, on the device to use; `scored` are the images to choose from.
@@ -49,31 +51,69 @@ def draw(
         threshold: image score from which on an image is called anomalous; None says nothing of it.
     """
     normals = sorted((score, name) for name, label, score in model.scored if not label)
+    kinds = _kinds(model)
+    picks = _picks(normals, kinds)
+    defects = _of_figure(kinds)
+    middle = max(len(normals) // 2 - len(defects) // 2, 0)
+    beside = [name for _, name in normals[middle:][: len(defects)]]
+    names = {name for *_, (_, name) in picks} | {*defects, *beside}
+    kept: dict[str, Shown] = {}  # of all images that are shown, only those of Figure 1 are held at once
+    for name, shown in _scored_again(model, data, view, names):
+        for number, (*_, (_, picked)) in enumerate(picks):
+            if picked == name:
+                plots.save_png(folder / _file(number), _tile(shown, model))
+        if name in {*defects, *beside}:
+            kept[name] = shown
+    figure_rows = [
+        {"normal": kept[beside[i % len(beside)]].image, "defective": of.image, "truth": of.known(), "map": of.map}
+        for i, of in enumerate(kept[name] for name in defects)
+    ]
+    plots.figure1(figure_rows, model.calibration, folder / FIGURE1)
+    index = [
+        {"group": group, "kind": kind, "score": score, "file": _file(number)}
+        | {"called": None if threshold is None else score >= threshold}
+        for number, (group, kind, (score, _)) in enumerate(picks)
+    ]
+    checkpoint.write_text(folder / INDEX, checkpoint.dump(index))
+
+
+def _kinds(model: AnomalyModule) -> dict[str, list[tuple[float, str]]]:
+    """Scores and names of the defects by kind, lowest score first."""
     kinds = defaultdict(list)
     for name, label, score in model.scored:
         if label:
             kinds[kind_of(name)].append((score, name))
-    picks = [("false alarms", "", pick) for pick in normals[::-1][:EACH]]
-    for kind, found in sorted(kinds.items()):
-        hits, rest = sorted(found)[::-1][:EACH], sorted(found)[:-EACH]
-        picks += [("hits", kind, pick) for pick in hits] + [("misses", kind, pick) for pick in rest[:EACH]]
-    defects = [sorted(found)[len(found) // 2][1] for _, found in sorted(kinds.items())][:FIGURE_ROWS]
-    middle = max(len(normals) // 2 - len(defects) // 2, 0)
-    beside = [name for _, name in normals[middle:][: len(defects)]]
-    names = {name for *_, (_, name) in picks} | {*defects, *beside}
-    shown = dict(_scored_again(model, data, view, names))
-    index = []
-    for number, (group, kind, (score, name)) in enumerate(picks):
-        file = f"{number:03d}.png"
-        plots.save_png(folder / file, _tile(shown[name], model))
-        called = None if threshold is None else score >= threshold
-        index.append({"group": group, "kind": kind, "score": score, "called": called, "file": file})
-    figure_rows = [
-        {"normal": shown[beside[i % len(beside)]].image, "defective": of.image, "truth": of.known(), "map": of.map}
-        for i, of in enumerate(shown[name] for name in defects)
+    names = sorted(kinds)
+    return {kind if len(names) > 1 else ONE_KIND: sorted(kinds[kind]) for kind in names}
+
+
+def _picks(
+    normals: list[tuple[float, str]], kinds: dict[str, list[tuple[float, str]]]
+) -> list[tuple[str, str, tuple[float, str]]]:
+    """What the galleries show: group, kind, and score and name."""
+    most = EACH if len(kinds) > 1 else EACH_OF_ONE
+    picks = [("false alarms", "", pick) for pick in normals[::-1][:most]]
+    for kind, found in kinds.items():
+        each = min(most, max(EACH, len(found) // 2))
+        hits, rest = found[::-1][:each], found[:-each]
+        picks += [("hits", kind, pick) for pick in hits] + [("misses", kind, pick) for pick in rest[:each]]
+    return picks
+
+
+def _of_figure(kinds: dict[str, list[tuple[float, str]]]) -> list[str]:
+    """Names of the defects in Figure 1."""
+    if len(kinds) > 1:
+        return [found[len(found) // 2][1] for found in kinds.values()][:FIGURE_ROWS]
+    return [
+        found[int((row + 0.5) * len(found) / count)][1]
+        for found in kinds.values()
+        for count in [min(FIGURE_ROWS, len(found))]
+        for row in range(count)
     ]
-    plots.figure1(figure_rows, model.calibration, folder / FIGURE1)
-    checkpoint.write_text(folder / INDEX, checkpoint.dump(index))
+
+
+def _file(number: int) -> str:
+    return f"{number:03d}.png"
 
 
 @torch.inference_mode()

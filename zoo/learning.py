@@ -6,6 +6,7 @@ passes that resume in the middle, and randomness that is a function of (seed, ep
 
 import copy
 import math
+from importlib import metadata
 from typing import Any, ClassVar, NamedTuple
 
 import lightning as L
@@ -244,7 +245,7 @@ class LearningModule(L.LightningModule):
         others = (ranks.receive(source, self.device) for source in range(1, world) if not rank)
         ckpt["fit_state"] = [state, *(move_data_to_device(other, "cpu") for other in others)]
         ckpt["observed"], ckpt["precision"], ckpt["private"] = self.observed, self.precision, self.private_state()
-        ckpt["plan"] = self.plan
+        ckpt["plan"], ckpt["zoo_version"] = self.plan, metadata.version("zoo")
 
     def on_load_checkpoint(self, ckpt: dict[str, Any]) -> None:
         self.load_private_state(ckpt["private"])

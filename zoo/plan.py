@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 from dataclasses import dataclass, field
@@ -9,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from zoo.data import DataSpec, check_data
+from zoo.data.holdout import held_out
 from zoo.errors import ZooError
 from zoo.methods import method_id, presets, signature
+from zoo.paths import user_path
 from zoo.ranks import launched
-from zoo.run import plan_training
+from zoo.run import BATCH, device_of, plan_training
 
 FORMAT_VERSION = 1
 DEFAULT_SELECT = "image_auroc"
@@ -25,6 +28,7 @@ class Plan:
 
     `budget` is a number of optimiser steps for each method that takes steps ("300"), or a share of what the preset has
     for it ("10%"). `arguments` are values of a method's own arguments by method. `batch_size` None takes the preset's.
+    `figure_method` is whose Figure 1 is to be shown in the end.
     """
 
     data: str
@@ -42,10 +46,14 @@ class Plan:
     device: str = "auto"
     devices: int = 1
     precision: str = "32-true"
+    figure_method: str | None = None
 
 
-def trainer_options(method: str, preset: str, budget: str | None, select: str) -> dict[str, Any]:
+def trainer_options(method: str, preset: str, budget: str | None, select: str, steps_an_epoch: int) -> dict[str, Any]:
     """How a method is trained in a benchmark; {} for one that learns in a single pass.
+
+    Args:
+        steps_an_epoch: of this method on the data; what a share of a number of epochs is reckoned by.
 
     Raises:
         ZooError: a budget or selection of no use.
@@ -58,12 +66,27 @@ def trainer_options(method: str, preset: str, budget: str | None, select: str) -
         return {}
     given: dict[str, Any] = {"select": select}
     if share:
-        key = "max_steps" if planned.get("max_steps") else "max_epochs"
-        given[key] = max(1, round(planned[key] * float(share[1]) / 100))
+        steps = planned.get("max_steps") or planned["max_epochs"] * steps_an_epoch
+        given["max_steps"] = max(1, round(steps * float(share[1]) / 100))
     elif budget:
         given["max_steps"] = int(budget)
     plan_training(method, preset, given)
     return given
+
+
+def steps_an_epoch(method: str, preset: str, plan: Plan, normals: int, defects: int) -> int:
+    """Optimiser steps that an epoch of this many images takes, less those that the fit holds out."""
+    sections, world = presets(method, preset), launched()[1]
+    of_data, model = sections.get("data", {}), sections.get("model", {}) | plan.arguments.get(method, {})
+    normals = max(1, round(of_data.get("train_fraction", 1.0) * normals))
+    images = normals - held_out(normals) + (defects if model.get("supervised") else 0)
+    batch = (plan.batch_size or of_data.get("batch_size", BATCH)) * (world if world > 1 else plan.devices)
+    return math.ceil(math.ceil(images / batch) / (sections.get("trainer", {}).get("accumulate") or 1))
+
+
+def run_name(method: str, seed: int) -> str:
+    """What a run's record, log and model are called."""
+    return f"{method.replace('_', '-')}-seed{seed}"
 
 
 def jobs_of(plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -86,30 +109,50 @@ def jobs_of(plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         **{key: getattr(plan, key) for key in ("batch_size", "skip_broken")},
     }
     methods: dict[str, dict[str, Any]] = {}
-    arguments = {method_id(name): values for name, values in plan.arguments.items()}
+    arguments = plan.arguments = {method_id(name): values for name, values in plan.arguments.items()}
     for method in dict.fromkeys(method_id(name) for name in plan.methods):
         preset = _preset(method, plan.preset, arguments.get(method, {}))
         unknown = arguments.get(method, {}).keys() - (signature(method).keys() - {"seed"})
         if unknown:
             raise ZooError(f"{method} has no argument {min(unknown)!r} to benchmark with; see zoo fit {method} --help.")
-        trainer = trainer_options(method, preset, plan.budget, plan.select)
-        methods[method] = {"preset": preset, "arguments": _placeless(arguments.get(method, {})), "trainer": trainer}
+        epoch = steps_an_epoch(method, preset, plan, *spec.counts["train"])
+        trainer = trainer_options(method, preset, plan.budget, plan.select, epoch)
+        methods[method] = {"preset": preset, "trainer": trainer, **_placeless(arguments.get(method, {}))}
     if others := arguments.keys() - methods.keys():
         raise ZooError(f"--arguments speaks of {min(others)}, which --methods leaves out.")
+    common["device"] = device_of(plan.device).type  # times on different ones have no mean
     jobs = [
         _job(plan, common, method, how, seed) | {"arguments": arguments.get(method, {})}
         for seed in range(plan.seeds)
         for method, how in methods.items()
     ]
-    return {"format_version": FORMAT_VERSION, "common": common, "methods": methods}, jobs
+    seeds = dict.fromkeys(methods, plan.seeds)
+    return {"format_version": FORMAT_VERSION, "common": common, "methods": methods, "seeds": seeds}, jobs
 
 
-def _placeless(arguments: dict[str, Any]) -> dict[str, Any]:
-    """Arguments as a record may tell them: of a file its name, not its place."""
-    return {
-        name: os.path.basename(value) if isinstance(value, str) and os.path.isabs(value) else value
-        for name, value in arguments.items()
-    }
+def _placeless(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """`arguments` as a record may tell them, of a path its last part; and by name the `contents` of what lies there."""
+    paths = {name: user_path(value) for name, value in arguments.items() if _is_path(value)}
+    named = {"arguments": arguments | {name: path.name for name, path in paths.items()}}
+    return named | ({"contents": {name: _digest(path) for name, path in paths.items()}} if paths else {})
+
+
+def _is_path(value: Any) -> bool:
+    """Whether an argument names a file or folder, be it there or not; hf-hub:ORG/NAME names none."""
+    return isinstance(value, str) and (value.startswith("~") or "/" in value.split(":")[0] or os.path.exists(value))
+
+
+def _digest(path: Path) -> str | None:
+    """SHA-256 of a file, or of a folder's names and files; None where there is nothing."""
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+        listed = [f"{file.relative_to(path)} {_digest(file)}" for file in files]
+        return hashlib.sha256("\n".join(listed).encode(errors="surrogateescape")).hexdigest()
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:  # the run will say so
+        return None
 
 
 def _check_counts(plan: Plan, spec: DataSpec) -> None:
@@ -142,7 +185,7 @@ def _job(plan: Plan, common: dict[str, Any], method: str, how: dict[str, Any], s
     return how | {
         "method": method,
         "seed": seed,
-        "name": f"{method.replace('_', '-')}-seed{seed}",
+        "name": run_name(method, seed),
         "key": run_key(common, method, how, seed),
         "data": plan.data,
         "data_options": options,

@@ -1,5 +1,6 @@
 """Pictures: heatmap overlays on a scale that the held-out normals fix, masks, and the paper's Figure 1."""
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -88,19 +89,22 @@ def figure1(rows: Sequence[dict[str, np.ndarray]], calibration: Calibration, pat
     _save_figure(figure, path)
 
 
-def figure2(rows: Sequence[tuple[str, bool, dict[str, tuple[float, float | None]]]], path: Path) -> None:
+def figure2(rows: Sequence[tuple[str, bool, dict[str, tuple[float, float | None]]]], path: Path, title: str) -> None:
     """The paper's Figure 2: bars of F1 by method, of images and of pixels, with the spread over seeds.
 
     Args:
         rows: name, whether it is our own figure (the paper's are hatched), and by key mean and deviation, of which
-            `image_f1_max` and `pixel_f1_max` are drawn.
+            `image_f1_max` and `pixel_f1_max` are drawn, where they are there.
         path: PNG to write.
+        title: which reading of the test set it shows.
     """
-    figure = Figure(figsize=(1.5 + 0.75 * len(rows), 4.2), layout="constrained")
+    figure = Figure(figsize=(max(4.5, 1.5 + 0.75 * len(rows)), 4.6), layout="constrained")
     axis = figure.subplots()
     for offset, (key, label) in enumerate((("image_f1_max", "image"), ("pixel_f1_max", "pixel"))):
         for place, (_, own, values) in enumerate(rows):
-            mean, deviation = values.get(key, (0.0, None))
+            if key not in values:
+                continue
+            mean, deviation = values[key]
             axis.bar(
                 place + 0.4 * offset - 0.2,
                 mean,
@@ -113,9 +117,11 @@ def figure2(rows: Sequence[tuple[str, bool, dict[str, tuple[float, float | None]
                 capsize=3,
             )
     axis.set_xticks(range(len(rows)), [name for name, *_ in rows], rotation=40, ha="right")
+    axis.set_xlim(-0.6, len(rows) - 0.4)
     axis.set_ylabel("F1 at its best threshold")
     axis.set_ylim(0, 1)
-    axis.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False)
+    axis.set_title(textwrap.fill(title, int(11 * figure.get_figwidth())), fontsize=9)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False)
     _save_figure(figure, path)
 
 

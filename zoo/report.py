@@ -10,18 +10,18 @@ from typing import Any
 import jinja2
 
 from zoo import paper, plots, summary
-from zoo.benchmark import read_index, read_records
+from zoo.benchmark import alone, check_figure_method, read_index, read_records
 from zoo.checkpoint import write_text
 from zoo.errors import ZooError
-from zoo.methods import method_id
+from zoo.plan import run_name
 
-GALLERY, FIGURE1 = "pictures.json", "figure1.png"  # as `zoo.gallery` writes them
+GALLERY, FIGURE1, ONE_KIND = "pictures.json", "figure1.png", "defect"  # as `zoo.gallery` writes them
 METRICS_NOTE = (
     "Figures are in percent, mean and standard deviation over seeds. F1 is the maximum over all thresholds, chosen on "
     "the evaluated images themselves; F1 at val threshold takes the threshold that was best on the val half. PR is "
     "average precision. PRO is the exact area up to a false-positive rate of 0.3; PRO dfr200 is the recipe of 200 "
     "equally spaced thresholds with both axes stretched, for comparison with papers that use it. The time of an image "
-    "is the median of images scored alone; a fit that went on after a stop is left out of fit s."
+    "is the median of images scored alone; of a fit that went on after a stop the seconds are added up."
 )
 
 
@@ -35,15 +35,19 @@ def render(out: Path, figure_method: str | None = None) -> list[Path]:
         The files that were written.
 
     Raises:
-        ZooError: no benchmark there, or no run of that method.
+        ZooError: no benchmark there, or none of that method.
     """
-    index = read_index(out)
-    if not index:
+    if not (index := read_index(out)):
         raise ZooError(f"{out} holds no benchmark; make one: zoo benchmark --data DATA --out {out}.")
+    with alone(out):
+        return _rendered(out, index, figure_method)
+
+
+def _rendered(out: Path, index: dict[str, Any], figure_method: str | None) -> list[Path]:
     records = read_records(out, index)
     found = summary.tables(index, records)
     counted = next(iter(found.values()))
-    method = method_id(figure_method) if figure_method else summary.best_method(counted)
+    method = check_figure_method(figure_method, index["methods"]) if figure_method else summary.best_method(counted)
     with_paper = any(row.source != summary.OURS for row in counted)
     titles = {name: _title(name, index) for name in found}
     about = {"index": index, "titles": titles, "note": METRICS_NOTE, "paper": paper.ABOUT if with_paper else None}
@@ -51,15 +55,18 @@ def render(out: Path, figure_method: str | None = None) -> list[Path]:
     write_text(out / "table3.md", _markdown(found, about))
     write_text(out / "table3.tex", _latex(found, about))
     written = [out / name for name in ("table3.md", "table3.tex", "table3.csv")]
-    written += _figures(out, counted, records, method, figure_method)
+    written += _figures(out, counted, records, method, titles[next(iter(found))])
     pictures = {path.name for path in written}
+    galleries = _galleries(out, records)
     page = _template().render(
         about,
         tables={name: (*summary.cells(rows), rows) for name, rows in found.items()},
         facts=_facts(index, records),
         figures=pictures,
         figure_method=method,
-        galleries=_galleries(out, records),
+        counted=titles[next(iter(found))],
+        galleries=galleries,
+        one_kind=any(g["one_kind"] for g in galleries if g["method"] == (method or "").replace("_", "-")),
     )
     write_text(out / "index.html", page)
     return [*written, out / "index.html"]
@@ -85,6 +92,9 @@ def _facts(index: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, st
     facts = {"data": f"{common['data']['name']} (fingerprint {common['data']['fingerprint'][:16]})"}
     facts |= {"protocol": common["protocol"], "step chosen by": common["select"]}
     presets = sorted({how["preset"] for how in index["methods"].values()})
+    names = {run_name(method, seed) for method, count in index.get("seeds", {}).items() for seed in range(count)}
+    if missing := sorted(names - {record["benchmark"]["name"] for record in records}):
+        facts["runs without a record"] = ", ".join(missing)
     facts |= {"preset": ", ".join(presets), "budget": common["budget"] or "the preset's"}
     if done:
         parts = {record["readings"].get("held_out", record["readings"]["full"])["anomalous"] for record in done}
@@ -111,30 +121,33 @@ def _markdown(found: dict[str, list[summary.Row]], about: dict[str, Any]) -> str
 
 
 def _latex(found: dict[str, list[summary.Row]], about: dict[str, Any]) -> str:
-    parts = ["% needs \\usepackage{booktabs}"]
-    for name, rows in found.items():
-        parts += [f"% {about['titles'][name]}", summary.latex(rows)]
-    comment = [f"% {text}" for text in (about["note"], about["paper"]) if text]
-    return "\n".join([*parts, *comment]) + "\n"
+    data = about["index"]["common"]["data"]["name"]
+    parts = ["% needs \\usepackage{booktabs} and \\usepackage{graphicx}"]
+    parts += [summary.latex(rows, f"Benchmark on {data}. {about['titles'][name]}") for name, rows in found.items()]
+    parts += [rf"\noindent {summary.tex(text)}" for text in (about["note"], about["paper"]) if text]
+    return "\n\n".join(parts) + "\n"
 
 
 def _figures(
-    out: Path, rows: list[summary.Row], records: list[dict[str, Any]], method: str | None, asked: str | None
+    out: Path, rows: list[summary.Row], records: list[dict[str, Any]], method: str | None, title: str
 ) -> list[Path]:
-    """Figure 2 from the rows; Figure 1 is that of a run."""
+    """Figure 2 from the rows; Figure 1 is that of a run that has succeeded. One that can't be had is not left over."""
     written = []
+    for name in (FIGURE1, "figure2.png"):
+        (out / name).unlink(missing_ok=True)
     bars = [row for row in rows if "image_f1_max" in row.values]
     if bars:
         named = [(row.label.replace(f", {row.source}", "\nthe paper's"), row.source == summary.OURS) for row in bars]
-        plots.figure2([(*name, row.values) for name, row in zip(named, bars, strict=True)], out / "figure2.png")
+        shown = [(*name, row.values) for name, row in zip(named, bars, strict=True)]
+        plots.figure2(shown, out / "figure2.png", title)
         written.append(out / "figure2.png")
     drawn = [
         path
         for record in records
-        if record["method"] == method and (path := out / "runs" / record["benchmark"]["name"] / FIGURE1).is_file()
+        if record["method"] == method
+        and "failed" not in record
+        and (path := out / "runs" / record["benchmark"]["name"] / FIGURE1).is_file()
     ]
-    if asked and not drawn:
-        raise ZooError(f"There is no Figure 1 by {asked} in {out}; take a method that has run.")
     if drawn:
         temporary = out / ".figure1.png.part"
         shutil.copyfile(drawn[0], temporary)
@@ -151,10 +164,13 @@ def _galleries(out: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]
         if method in galleries or not listed.is_file() or "failed" in record:
             continue
         groups: dict[str, list[dict[str, Any]]] = {}
-        for picture in json.loads(listed.read_text(encoding="utf-8")):
+        pictures = json.loads(listed.read_text(encoding="utf-8"))
+        one_kind = {picture["kind"] for picture in pictures if picture["kind"]} == {ONE_KIND}
+        for picture in pictures:
             title = picture["group"] + (f": {picture['kind']}" if picture["kind"] else "")
             groups.setdefault(title, []).append(picture | {"link": f"runs/{name}/{picture['file']}"})
-        galleries[method] = {"method": method.replace("_", "-"), "seed": record["seed"], "groups": groups}
+        about = {"method": method.replace("_", "-"), "seed": record["seed"], "one_kind": one_kind}
+        galleries[method] = about | {"groups": groups}
     return list(galleries.values())
 
 

@@ -5,6 +5,7 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,14 @@ class Unfinished(L.Callback):
         path: of the checkpoint.
         minutes: between two of them; one more is written when the run is asked to end (SIGTERM).
         say: told where a resumed fit goes on.
+
+    Attributes:
+        spent: seconds that earlier processes have fitted for, up to the checkpoint that this one goes on from.
     """
 
     def __init__(self, path: Path, minutes: float, say: Callable[[str], None] = lambda line: None):
         self.path, self.minutes, self.say = path, minutes, say
+        self.spent, self.begin = 0.0, time.monotonic()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.saved = time.monotonic()
@@ -68,6 +73,12 @@ class Unfinished(L.Callback):
         if isinstance(exception, SIGTERMException) and between:
             trainer.save_checkpoint(self.path)
 
+    def state_dict(self) -> dict[str, float]:
+        return {"seconds": self.spent + time.monotonic() - self.begin}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.spent = state["seconds"]
+
     def discard(self) -> None:
         """Remove it: the fit is done."""
         shutil.rmtree(self.path.parent, ignore_errors=True)
@@ -89,3 +100,17 @@ def checkpoint_to_resume(path: Path, resume: bool, run: RunOptions) -> Path | No
     if not zipfile.is_zipfile(path):
         raise ZooError(f"{path} is damaged; start the fit anew, without --resume.")
     return path
+
+
+def drop_unusable(path: Path, say: Callable[[str], None]) -> None:
+    """Remove a checkpoint that no fit can go on from, with a line: damaged, or of another version of the zoo."""
+    if not path.is_file():
+        return
+    try:
+        version = torch.load(path, map_location="cpu", weights_only=True)["zoo_version"]
+        why = "" if version == metadata.version("zoo") else f"is of zoo {version}"
+    except Exception:  # whatever torch makes of such a file
+        why = "can't be read"
+    if why:
+        say(f"    The checkpoint of an interrupted fit {why}; it is begun anew.")
+        path.unlink()

@@ -12,6 +12,8 @@ from zoo.ranks import launched
 if TYPE_CHECKING:  # imported on use
     import torch
 
+BATCH = 32  # images a batch, where no preset says otherwise
+
 
 @dataclass
 class RunOptions:

@@ -18,6 +18,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from zoo import checkpoint, gallery, hub
+from zoo.benchmark import is_done, read_record
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import SEED, named_halves, part_of_test
@@ -26,6 +27,7 @@ from zoo.fit import fit, store_evaluation
 from zoo.module import AnomalyModule
 from zoo.protocol import PAPER_SIZE, evaluate_by, load_last_weights
 from zoo.ranks import launched
+from zoo.reasons import SENTENCE, UNFORESEEN
 from zoo.run import RunOptions, device_of
 
 TIMED, WARMED = 20, 3  # images
@@ -41,6 +43,8 @@ def run(job: dict[str, Any]) -> None:
     out, name, first = Path(job["out"]), job["name"], launched()[0] == 0
     options = RunOptions(job["device"], 1, job["precision"], say=partial(print, flush=True))
     with _alone(out / "runs" / f".{name}.lock") if first else nullcontext():
+        if launched()[1] == 1 and is_done(read_record(out, name), job["key"]):  # by the process that held the lock
+            return
         if first and not (out / "halves.json").is_file():
             halves = {"seed": SEED} | named_halves(load_data(job["data"]))
             checkpoint.write_text(out / "halves.json", checkpoint.dump(halves))
@@ -127,18 +131,18 @@ def _end_with_parent() -> None:
 
 
 def main(text: str) -> int:
-    """Run a job given as JSON; the last line on stderr says in one sentence why it failed."""
+    """Run a job given as JSON; the last line on stderr says why it failed, as `zoo.reasons` reads it."""
     _end_with_parent()
     try:
         run(json.loads(text))
         return 0
     except ZooError as error:
-        print(f"zoo: {error}", file=sys.stderr)
+        print(f"{SENTENCE}{' '.join(str(error).split())}", file=sys.stderr)
     except KeyboardInterrupt:
         return 130
     except Exception as error:
         traceback.print_exc()
-        print(f"zoo: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{UNFORESEEN}{type(error).__name__}", file=sys.stderr)
     return 2
 
 

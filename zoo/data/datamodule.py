@@ -12,13 +12,13 @@ import torch
 from datasets import Dataset, DatasetDict
 from torch import Tensor
 
+from zoo.data.holdout import held_out
 from zoo.data.loader import EpochLoader
 from zoo.data.rows import read_row
 from zoo.errors import ZooError
 from zoo.image import resize, resize_mask, to_tensor
 from zoo.module import Batch
 
-HOLDOUT_SHARE, HOLDOUT_LEAST = 0.1, 20
 HOLDOUT_BATCH = 8  # at most: what was learned is in memory too by then, so the peak of a fit stays that of its pass
 
 
@@ -80,8 +80,7 @@ class AnomalyDataModule(L.LightningDataModule):
             self.num_defects = len(defects)  # those that can be read
         order = normals[np.random.default_rng(seed).permutation(len(normals))]
         order = order[: max(1, round(train_fraction * len(normals)))]
-        # At least 20 or a tenth is held out, but never more than a half: a fit of few images needs them more.
-        held = min(max(HOLDOUT_LEAST, round(HOLDOUT_SHARE * len(order))), len(order) // 2)
+        held = held_out(len(order))
         self.holdout_set = train.select(np.sort(order[:held]))
         self.train_set = train.select(np.sort(np.concatenate([order[held:], defects])))
         self.num_train_images = len(self.train_set)
