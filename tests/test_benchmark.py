@@ -1,6 +1,8 @@
 """A benchmark as its user meets it: runs, stops, failures, and what is rendered from the records."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -54,7 +56,9 @@ def bench(tmp_path_factory):
     root = tmp_path_factory.mktemp("bench")
     out, weights = root / "out", root / "secret place" / "weights.safetensors"
     arguments = {"stfpm": {"backbone_weights": str(weights)}}
-    assert main(command(out, "padim", "stfpm", arguments=arguments)) == 0
+    told = io.StringIO()
+    with contextlib.redirect_stdout(told):
+        assert main(command(out, "padim", "stfpm", arguments=arguments)) == 0
     first = root / "first"
     shutil.copytree(out, first)
     before = (out / "runs" / "padim-seed0.json").stat().st_mtime_ns
@@ -62,10 +66,11 @@ def bench(tmp_path_factory):
     weights.parent.mkdir()
     save_file({k: v.contiguous() for k, v in find_weights("tf_efficientnet_lite0")[0].items()}, weights)
     assert main(command(out, "padim", "stfpm", seeds=2, arguments=arguments)) == 0
-    return {"out": out, "first": first, "before": before, "root": root}
+    return {"out": out, "first": first, "before": before, "root": root, "told": told.getvalue()}
 
 
 def test_a_failing_method_is_survived_and_says_why(bench, capsys):
+    assert "1 of 2 runs failed: stfpm-seed0. The same command tries them again." in bench["told"]
     found = records_of(bench["first"])
     assert set(found) == {"padim-seed0", "stfpm-seed0"}
     assert found["padim-seed0"]["metrics"] and "weights.safetensors" in found["stfpm-seed0"]["failed"]
@@ -522,7 +527,10 @@ def test_an_epoch_has_the_steps_that_a_fit_takes(tmp_path):
 
 
 def test_presets_about_steps_leave_methods_without_steps_alone(tmp_path):
-    index, jobs = jobs_of(Plan(DATA, ["padim", "stfpm"], tmp_path, 2, "mvtec_steps"))
+    small = {method: {"backbone": "tf_efficientnet_lite0"} for method in ("padim", "stfpm")}
+    index, jobs = jobs_of(Plan(DATA, ["padim", "stfpm"], tmp_path, 2, "mvtec_steps", arguments=small))
+    others, _ = jobs_of(Plan(DATA, ["ganomaly", "riad"], tmp_path, 2, "mvtec_steps"))
+    assert [how["preset"] for how in others["methods"].values()] == ["paper224", "mvtec_steps"]
     assert index["methods"]["padim"]["preset"] == "paper224" and index["methods"]["stfpm"]["preset"] == "mvtec_steps"
     assert [(job["method"], job["seed"]) for job in jobs] == [("padim", 0), ("stfpm", 0), ("padim", 1), ("stfpm", 1)]
     assert len({job["key"] for job in jobs}) == 4
@@ -533,6 +541,9 @@ def test_presets_about_steps_leave_methods_without_steps_alone(tmp_path):
     [
         ([], "needs --data"),
         (["--data", DATA, "--preset", "lite", "--seeds", "0"], "--seeds"),
+        (["--data", DATA, "--preset", "lite", "--batch-size", "0"], "--batch-size"),
+        (["--data", DATA, "--preset", "lite", "--budget", "0"], "--budget is a number of steps"),
+        (["--data", DATA, "--preset", "mvtec_steps", "--methods", "padim", "stfpm", "ganomaly"], "padim, stfpm need"),
         (["--data", DATA, "--preset", "lite", "--budget", "10m"], "--budget"),
         (["--data", DATA, "--preset", "lite", "--budget", "0%"], "--budget"),
         (["--data", DATA, "--preset", "lite", "--budget", "0"], "at least 1"),

@@ -791,8 +791,8 @@ def test_parquet_is_a_data_set_of_the_library(made, exported, tmp_path):
     split = json.loads((exported / "halves.json").read_text())
     plain = load_data(f"miic:{root}")["test"].with_format(None)
     validation, reported = halves(list(plain["label"]), list(plain["path"]), split["seed"])
-    assert split["validation"] == [plain["path"][i] for i in validation]
-    assert split["reported"] == [plain["path"][i] for i in reported]
+    assert split["val"] == [plain["path"][i] for i in validation]
+    assert split["held_out"] == [plain["path"][i] for i in reported]
     card = (exported / "README.md").read_text()
     assert "imitation" in card and "non-commercial" not in card
 

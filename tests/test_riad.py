@@ -333,6 +333,7 @@ def test_the_learning_rate_falls_to_a_tenth_after_250_of_300_epochs():
 
 def test_presets():
     original, paper = PRESETS["original"], PRESETS["paper224"]
+    assert PRESETS["mvtec_steps"] == paper | {"trainer": {"max_steps": 300 * 60}}  # 240 images, batches of 4
     assert original["model"]["input_size"] == original["data"]["resize"] == 256 and "crop" not in original["data"]
     assert original["trainer"] == {"max_epochs": 300, "select": "normal"} and paper["trainer"] == {"max_epochs": 300}
     assert original["data"]["batch_size"] == paper["data"]["batch_size"] == 4

@@ -279,7 +279,11 @@ def benchmark(argv: list[str]) -> None:
         plan = Plan(**{key: options[key] for key in Plan.__dataclass_fields__} | {"out": out})
         plan.budget = None if options.budget is None else str(options.budget)
         plan.precision = options.precision or "32-true"
-        run_benchmark(plan, partial(print, flush=True))
+        records = run_benchmark(plan, partial(print, flush=True))
+        if failed := [name for name, record in records.items() if "failed" in record]:
+            print(
+                f"{len(failed)} of {len(records)} runs failed: {', '.join(failed)}. The same command tries them again."
+            )
     if not launched()[0]:
         from zoo.report import render
 
@@ -380,7 +384,7 @@ def _benchmark_options(parser: Any) -> None:
         "--preset",
         type=str | None,
         default=None,
-        help="as for fit; with mvtec_steps, methods that learn in one pass take paper224",
+        help="as for fit; methods that have no mvtec_steps take paper224 instead",
     )
     parser.add_argument(
         "--budget",

@@ -19,7 +19,7 @@ from zoo.run import BATCH, device_of, plan_training
 
 FORMAT_VERSION = 1
 DEFAULT_SELECT = "image_auroc"
-ONE_PASS_PRESETS = {"mvtec_steps": "paper224"}  # what methods without steps take where a preset is about steps
+STEP_PRESETS = {"mvtec_steps": "paper224"}  # what methods without such a preset take
 
 
 @dataclass
@@ -60,7 +60,7 @@ def trainer_options(method: str, preset: str, budget: str | None, select: str, s
     """
     planned = presets(method, preset).get("trainer")
     share = re.fullmatch(r"(\d+(?:\.\d+)?)%", budget or "")
-    if budget and not (share or re.fullmatch(r"\d+", budget)) or (share and not float(share[1])):
+    if budget and not ((share or budget.isdecimal()) and float(budget.rstrip("%"))):
         raise ZooError(f"--budget is a number of steps such as 300, or a share of the preset's as 10%, not {budget}.")
     if planned is None:
         return {}
@@ -95,8 +95,8 @@ def jobs_of(plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     Raises:
         ZooError: a mistake in the plan.
     """
-    if plan.seeds < 1:
-        raise ZooError(f"--seeds is at least 1, not {plan.seeds}.")
+    if plan.seeds < 1 or (plan.batch_size is not None and plan.batch_size < 1):
+        raise ZooError(f"--seeds and --batch-size are at least 1, not {plan.seeds} and {plan.batch_size}.")
     world = launched()[1]
     if world > 1 and plan.devices > 1:
         raise ZooError("--devices is for one machine without a launcher; torchrun and srun say how many there are.")
@@ -111,7 +111,7 @@ def jobs_of(plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     methods: dict[str, dict[str, Any]] = {}
     arguments = plan.arguments = {method_id(name): values for name, values in plan.arguments.items()}
     for method in dict.fromkeys(method_id(name) for name in plan.methods):
-        preset = _preset(method, plan.preset, arguments.get(method, {}))
+        preset = _preset(method, plan.preset)
         unknown = arguments.get(method, {}).keys() - (signature(method).keys() - {"seed"})
         if unknown:
             raise ZooError(f"{method} has no argument {min(unknown)!r} to benchmark with; see zoo fit {method} --help.")
@@ -120,6 +120,7 @@ def jobs_of(plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         methods[method] = {"preset": preset, "trainer": trainer, **_placeless(arguments.get(method, {}))}
     if others := arguments.keys() - methods.keys():
         raise ZooError(f"--arguments speaks of {min(others)}, which --methods leaves out.")
+    _check_weights(methods, arguments)
     common["device"] = device_of(plan.device).type  # times on different ones have no mean
     jobs = [
         _job(plan, common, method, how, seed) | {"arguments": arguments.get(method, {})}
@@ -162,21 +163,36 @@ def _check_counts(plan: Plan, spec: DataSpec) -> None:
         raise ZooError(f"--data {plan.data} needs two normal and two anomalous test images, for two halves.")
 
 
-def _preset(method: str, preset: str | None, arguments: dict[str, Any]) -> str:
-    """The preset that a method takes, whose weights can be had where none is named."""
+def _preset(method: str, preset: str | None) -> str:
+    """The preset that a method takes: `paper224` where none is named, or where it lacks one that is about steps."""
     if preset is None:
-        from zoo.fit import choose_preset
-
-        try:
-            return choose_preset(method, None, arguments)
-        except ZooError as error:
-            reason = str(error).split(";")[0]
-            raise ZooError(f"{reason}; take zoo benchmark --preset lite, or --methods without {method}.") from None
-    other = ONE_PASS_PRESETS.get(preset)
-    if other and "trainer" not in presets(method, other):
-        return other
-    presets(method, preset)
+        return "paper224"
+    try:
+        presets(method, preset)
+    except ZooError:
+        if preset not in STEP_PRESETS:
+            raise
+        return STEP_PRESETS[preset]
     return preset
+
+
+def _check_weights(methods: dict[str, dict[str, Any]], arguments: dict[str, dict[str, Any]]) -> None:
+    """All ImageNet weights can be had, so that no run fails for want of them days later."""
+    from zoo.nn.features import weights_at_hand
+
+    lacking: dict[str, str] = {}
+    for method, how in methods.items():
+        model = {name: option.default for name, option in signature(method).items()}
+        model |= presets(method, how["preset"]).get("model", {}) | arguments.get(method, {})
+        if "backbone" in model and not weights_at_hand(model["backbone"], model["backbone_weights"]):
+            lacking[method] = model["backbone"]
+    if lacking:
+        backbones, first = ", ".join(sorted(set(lacking.values()))), next(iter(lacking))
+        raise ZooError(
+            f"The ImageNet weights of {backbones} can't be had here, which {', '.join(lacking)} need; take --preset "
+            f"lite, --methods without them, or local files: --arguments "
+            f'\'{{"{first}": {{"backbone_weights": "FILE.safetensors"}}}}\'.'
+        )
 
 
 def _job(plan: Plan, common: dict[str, Any], method: str, how: dict[str, Any], seed: int) -> dict[str, Any]:

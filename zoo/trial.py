@@ -46,7 +46,7 @@ def run(job: dict[str, Any]) -> None:
         if launched()[1] == 1 and is_done(read_record(out, name), job["key"]):  # by the process that held the lock
             return
         if first and not (out / "halves.json").is_file():
-            halves = {"seed": SEED} | named_halves(load_data(job["data"]))
+            halves = {"seed": SEED} | named_halves(load_data(job["data"])["test"])
             checkpoint.write_text(out / "halves.json", checkpoint.dump(halves))
         model, record = _fitted(job, out, options)
         data_options = {key: job["data_options"].get(key) for key in ("num_workers", "skip_broken")}

@@ -166,15 +166,10 @@ def _file(value: Any, name: str) -> dict[str, Any] | None:
 
 
 def _halves(test: datasets.Dataset) -> dict[str, Any] | None:
-    """Names of the half to select on and of the half to report on, as every command of the zoo splits them."""
-    from zoo.data.halves import SEED, halves
+    """Names of the half to select on, `val`, and of the half to report on, as every command of the zoo splits them."""
+    from zoo.data.halves import SEED, named_halves
 
-    plain = test.with_format(None)
-    names = list(plain["path"])
-    if not names:
-        return None
-    validation, reported = halves(list(plain["label"]), names)
-    return {"seed": SEED, "validation": [names[i] for i in validation], "reported": [names[i] for i in reported]}
+    return {"seed": SEED} | named_halves(test) if len(test) else None
 
 
 def _card(

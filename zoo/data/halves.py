@@ -75,10 +75,10 @@ def part_of_test(data: DatasetDict, part: str, seed: int = SEED) -> DatasetDict:
     return DatasetDict(train=none, test=half)
 
 
-def named_halves(data: DatasetDict, seed: int = SEED) -> dict[str, list[str]]:
+def named_halves(test: Dataset, seed: int = SEED) -> dict[str, list[str]]:
     """The names of the test images in the halves `val` and `held_out`."""
-    names = list(data["test"].with_format(None)["path"])
-    parts = zip(("val", "held_out"), _halves(data["test"], seed), strict=True)
+    names = list(test.with_format(None)["path"])
+    parts = zip(("val", "held_out"), _halves(test, seed), strict=True)
     return {part: [names[row] for row in rows] for part, rows in parts}
 
 

@@ -36,6 +36,7 @@ PRESETS = {
         "trainer": {"max_epochs": 300, "select": "normal"},
     },
     "paper224": {"data": {"batch_size": 4}, "trainer": {"max_epochs": 300}},
+    "mvtec_steps": {"data": {"batch_size": 4}, "trainer": {"max_steps": 18_000}},  # 300 epochs of 60 steps
     "lite": {
         "model": {"input_size": 128, "width": 16, "cells": [2, 4], "lr": 3e-3, "residual": "absolute", "window": 5},
         "data": {"batch_size": 1},  # many small steps: each image has thousands of hidden pixels
