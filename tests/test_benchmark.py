@@ -12,6 +12,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -398,7 +399,9 @@ def test_an_interrupt_ends_the_run_too(sent, tmp_path):
     """Ctrl-C goes to all processes of a terminal: the run's is spared, and asked to end by its benchmark."""
     out = tmp_path / "out"
     launch = [sys.executable, "-m", "zoo.cli", *command(out, "stfpm", budget=300)]
-    job = subprocess.Popen(launch, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    usual = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background ignores it
+    pipes = dict(stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    job = subprocess.Popen(launch, **pipes, start_new_session=True, preexec_fn=usual)
     log = out / "logs" / "stfpm-seed0.log"
     while not (log.is_file() and "Step 30 of 300" in log.read_text()):
         assert job.poll() is None
