@@ -10,7 +10,8 @@ from scipy.ndimage import gaussian_filter
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.errors import ZooError
-from zoo.fit import evaluate, fit
+from zoo.evaluation import evaluate
+from zoo.fit import fit
 from zoo.methods import cfa
 from zoo.methods.cfa import CFA, PRESETS
 from zoo.module import Batch

@@ -9,7 +9,8 @@ from zoo.data import check_data, load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.loader import EpochLoader
 from zoo.errors import ZooError
-from zoo.fit import evaluate, fit
+from zoo.evaluation import evaluate
+from zoo.fit import fit
 
 TINY = {"preset": "lite", "arguments": {"input_size": 64, "dims": 10}}
 

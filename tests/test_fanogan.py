@@ -10,7 +10,8 @@ from torch import nn
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.errors import ZooError
-from zoo.fit import evaluate, fit
+from zoo.evaluation import evaluate
+from zoo.fit import fit
 from zoo.methods.fanogan import PRESETS, FAnoGAN, batch_norm, down, gradient_penalty, layer_norm, up
 
 PARTS = ("generator", "critic", "encoder")

@@ -12,7 +12,8 @@ from torch import nn
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.errors import ZooError
-from zoo.fit import evaluate, fit
+from zoo.evaluation import evaluate
+from zoo.fit import fit
 from zoo.methods import create_model
 from zoo.methods.ganomaly import PRESETS, GANomaly
 from zoo.nn.dcgan import adversarial_loss, start

@@ -153,7 +153,7 @@ def test_float_file_without_scale_is_named(model, tmp_path):
 
 
 def test_preset_original_is_evaluated_as_it_was_fitted(mvtec, tmp_path):
-    from zoo.fit import evaluate
+    from zoo.evaluation import evaluate
 
     model, record = fit(
         "padim", str(mvtec), "parity", "lite", {"input_size": 64, "dims": 10}, {"resize": 96, "crop": 64}

@@ -28,7 +28,8 @@ def test_solar_cells_beat_the_best_plain_number(method, tmp_path):
     pytest.importorskip("elpv_dataset")
     from bench.real_images import plain_numbers, write_elpv
 
-    from zoo.fit import evaluate, fit
+    from zoo.evaluation import evaluate
+    from zoo.fit import fit
 
     root = write_elpv(tmp_path / "elpv")
     model, record = fit(method, str(root), preset="lite")

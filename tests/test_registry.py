@@ -16,7 +16,8 @@ from zoo.cli import main
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.errors import ZooError
-from zoo.fit import evaluate, fit
+from zoo.evaluation import evaluate
+from zoo.fit import fit
 from zoo.hub import from_pretrained, model_place
 from zoo.methods import create_model, list_methods, method_class, signature
 from zoo.module import AnomalyModule, Batch

@@ -9,7 +9,8 @@ from skimage.metrics import structural_similarity
 from torch import nn
 
 from zoo.errors import ZooError
-from zoo.fit import evaluate, fit
+from zoo.evaluation import evaluate
+from zoo.fit import fit
 from zoo.hub import from_pretrained
 from zoo.methods import create_model
 from zoo.methods.riad import PRESETS, RIAD, UNet, mean_filter

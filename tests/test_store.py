@@ -20,7 +20,8 @@ from zoo.cli import main
 from zoo.data import check_data, load_data, store, store_writer
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.errors import ZooError
-from zoo.fit import evaluate, fit
+from zoo.evaluation import evaluate
+from zoo.fit import fit
 
 
 def prepare(*argv):

@@ -21,7 +21,8 @@ from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import halves, kind_of
 from zoo.errors import ZooError
-from zoo.fit import evaluate, fit
+from zoo.evaluation import evaluate
+from zoo.fit import fit
 from zoo.hub import from_pretrained, model_place, unfinished_place
 from zoo.methods import create_model, list_methods, presets, signature
 from zoo.run import RunOptions, plan_training

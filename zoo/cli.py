@@ -3,12 +3,11 @@
 import difflib
 import logging
 import os
-import re
 import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from zoo import checkpoint, hub
 from zoo.cards import METRICS
@@ -17,9 +16,22 @@ from zoo.data.export import export_data
 from zoo.data.prepare import prepare_data
 from zoo.errors import ZooError
 from zoo.inference import find_images, predict_files
-from zoo.methods import METHODS, list_methods, method_id, presets, signature, summary
+from zoo.methods import list_methods, method_id, presets, signature, summary
+from zoo.options import (
+    add_benchmark_options,
+    add_data_options,
+    add_run_options,
+    add_trainer_options,
+    before_parsing,
+    data_values,
+    make_parser,
+    parse,
+    run_of,
+    to_bytes,
+    with_dashes,
+)
 from zoo.ranks import launched
-from zoo.run import RunOptions, plan_training
+from zoo.run import plan_training
 
 USAGE = """usage: zoo COMMAND [--help]
 
@@ -32,7 +44,6 @@ USAGE = """usage: zoo COMMAND [--help]
   zoo data prepare DATA                unpack, decode, verify, store at the working size
   zoo data export DATA --out FOLDER    parquet files, as a hub data set has them
 """
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command is None:
             near = difflib.get_close_matches(argv[0], COMMANDS, n=1) or ["--help"]
             raise ZooError(f"There is no command {argv[0]!r}; did you mean zoo {near[0]}?")
-        command([_dashes(token) for token in argv[1:]])
+        command([with_dashes(token) for token in argv[1:]])
         return 0
     except ZooError as error:
         text = str(error)
@@ -67,22 +78,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def quickstart(argv: list[str]) -> None:
-    parser = _parser("quickstart", "Fit, evaluate and show PatchCore on built-in synthetic SEM images, offline.")
+    parser = make_parser("quickstart", "Fit, evaluate and show PatchCore on built-in synthetic SEM images, offline.")
     parser.add_argument("--out", type=str, default="zoo-quickstart", help="folder for the picture and sample images")
-    _run_options(parser)
-    options = _parse(parser, argv)
+    add_run_options(parser)
+    options = parse(parser, argv)
     out = Path(options.out)
     if out.exists() and not out.is_dir():
         raise ZooError(f"--out {out} is a file; name a folder.")
     from zoo.tour import quickstart as run
 
-    run(out, _run(options))
+    run(out, run_of(options))
 
 
 def list_(argv: list[str]) -> None:
-    parser = _parser("list", "Methods, and the models of the local registry with their numbers.", config=False)
+    parser = make_parser("list", "Methods, and the models of the local registry with their numbers.", config=False)
     parser.add_argument("pattern", nargs="?", default="*", help="shell pattern of model names, such as 'miic-*'")
-    pattern = _parse(parser, argv).pattern
+    pattern = parse(parser, argv).pattern
     from rich.table import Table
 
     from zoo.tables import console
@@ -110,10 +121,10 @@ def list_(argv: list[str]) -> None:
 
 
 def fit(argv: list[str]) -> None:
-    method, preset = _before_parsing(argv)
+    method, preset = before_parsing(argv)
     if method is None and not {"-h", "--help"} & set(argv):
         raise ZooError(f"zoo fit needs a method: {', '.join(list_methods())}.")
-    parser = _parser("fit", f"Learn from normal images. METHOD is one of: {', '.join(list_methods())}.")
+    parser = make_parser("fit", f"Learn from normal images. METHOD is one of: {', '.join(list_methods())}.")
     parser.add_argument(
         "method", nargs="?", default=method, help="id of the method; `zoo fit METHOD --help` shows its options"
     )
@@ -127,12 +138,12 @@ def fit(argv: list[str]) -> None:
     )
     sections = presets(method, preset or "paper224") if method else {}
     of_data = sections.get("data", {})
-    _data_options(parser, of_data)
+    add_data_options(parser, of_data)
     parser.add_argument(
         "--train-fraction", type=float, default=of_data.get("train_fraction", 1.0), help="share of the normals to use"
     )
-    _trainer_options(parser, sections.get("trainer", {}))
-    _run_options(parser, devices=True)
+    add_trainer_options(parser, sections.get("trainer", {}))
+    add_run_options(parser, devices=True)
     parser.add_argument(
         "--resume", action="store_true", help="go on where an interrupted fit of this name stopped, if there is one"
     )
@@ -146,13 +157,13 @@ def fit(argv: list[str]) -> None:
     for name, option in own.items():
         default = sections.get("model", {}).get(name, option.default)
         parser.add_argument(f"--{name.replace('_', '-')}", type=option.type, default=default, help=option.help)
-    options = _parse(parser, argv)
+    options = parse(parser, argv)
     if method_id(options.method) != method:  # an option's value was taken for it
         raise ZooError(f"Put the method first: zoo fit {options.method} --data DATA --name NAME.")
     for needed in ("data", "name"):
         if not options[needed]:
             raise ZooError(f"zoo fit needs --{needed}: zoo fit {method} --data DATA --name NAME.")
-    memory_limit = _bytes(options.memory_limit) if options.memory_limit else None
+    memory_limit = to_bytes(options.memory_limit) if options.memory_limit else None
     trainer_options = {key: options[key] for key in ("max_epochs", "max_steps", "accumulate", "select")}
     plan_training(method, options.preset or "paper224", trainer_options)
     if not options.checkpoint_minutes >= 0:
@@ -164,7 +175,7 @@ def fit(argv: list[str]) -> None:
     from zoo.fit import fit as run
 
     arguments = {name: options[name] for name in own}
-    data_options = {"train_fraction": options.train_fraction} | _data_values(options)
+    data_options = {"train_fraction": options.train_fraction} | data_values(options)
     _, record = run(
         method,
         options.data,
@@ -173,7 +184,7 @@ def fit(argv: list[str]) -> None:
         arguments,
         data_options,
         trainer_options,
-        _run(options),
+        run_of(options),
         resume=options.resume,
         checkpoint_minutes=options.checkpoint_minutes,
         memory_limit=memory_limit,
@@ -186,7 +197,7 @@ def fit(argv: list[str]) -> None:
 
 
 def evaluate(argv: list[str]) -> None:
-    parser = _parser("evaluate", "Score the test split at the images' own size and keep the record with the model.")
+    parser = make_parser("evaluate", "Score the test split at the images' own size and keep the record with the model.")
     parser.add_argument("name", help="name or folder of a model")
     parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
     parser.add_argument(
@@ -200,9 +211,9 @@ def evaluate(argv: list[str]) -> None:
     parser.add_argument(
         "--bootstrap", type=int, default=1000, help="draws of test images for 95 %% intervals of the metrics; 0: none"
     )
-    _data_options(parser, {})
-    _run_options(parser, precision=None, devices=True)
-    options = _parse(parser, argv)
+    add_data_options(parser, {})
+    add_run_options(parser, precision=None, devices=True)
+    options = parse(parser, argv)
     if options.scores and Path(options.scores).suffix not in (".csv", ".parquet"):
         raise ZooError(f"--scores is a file that ends in .csv or .parquet, not {options.scores}.")
     if options.bootstrap < 0 or options.bootstrap == 1:
@@ -213,37 +224,36 @@ def evaluate(argv: list[str]) -> None:
         raise ZooError(f"zoo evaluate needs --data: zoo evaluate {options.name} --data DATA.")
     check_data(options.data)
 
-    from zoo import fit as runs
-    from zoo import protocol
+    from zoo import evaluation, protocol
     from zoo.tables import console, metric_table
 
     model = hub.from_pretrained(folder)
     before = checkpoint.read_json(folder / checkpoint.RECORD)
-    arguments = (model, options.data, before, _data_values(options), _run(options, model.precision))
+    arguments = (model, options.data, before, data_values(options), run_of(options, model.precision))
     if options.protocol == "house":
         protocol.load_last_weights(model, folder)
     if options.protocol:
         record = protocol.evaluate_by(options.protocol, *arguments, bootstrap=options.bootstrap)
     else:
-        record = runs.evaluate(*arguments, options.bootstrap)
+        record = evaluation.evaluate(*arguments, options.bootstrap)
     if not launched()[0]:
-        runs.store_evaluation(folder, model, record)
+        evaluation.store_evaluation(folder, model, record)
         if options.scores:
-            runs.write_scores(Path(options.scores), model)
+            evaluation.write_scores(Path(options.scores), model)
     if before.get("test_data", record["test_data"])["name"] != record["test_data"]["name"]:
         print(f"These figures replace those on {before['test_data']['name']}.")
     console().print(metric_table(record))
 
 
 def predict(argv: list[str]) -> None:
-    parser = _parser("predict", "Score images: heatmap overlays, masks, predictions.csv and predictions.json.")
+    parser = make_parser("predict", "Score images: heatmap overlays, masks, predictions.csv and predictions.json.")
     parser.add_argument("name", help="name or folder of a model")
     parser.add_argument("paths", nargs="+", help="images, or folders of images")
     parser.add_argument("--out", type=str | None, default=None, help="folder for the results")
     parser.add_argument("--batch-size", type=int, default=8, help="images of equal size scored at once")
     parser.add_argument("--skip-broken", action="store_true", help="go on after images that can't be read")
-    _run_options(parser, precision=None)
-    options = _parse(parser, argv)
+    add_run_options(parser, precision=None)
+    options = parse(parser, argv)
     folder = hub.find_model(options.name)
     checkpoint.read_config(folder)
     if not options.out:
@@ -253,7 +263,7 @@ def predict(argv: list[str]) -> None:
     images = find_images(options.paths, Path(options.out))
     model = hub.from_pretrained(folder)
     rows = predict_files(
-        model, images, Path(options.out), options.batch_size, options.skip_broken, _run(options, model.precision)
+        model, images, Path(options.out), options.batch_size, options.skip_broken, run_of(options, model.precision)
     )
     found = sum(row["verdict"].startswith("anomalous") for row in rows)
     called = f"{found} called anomalous" if model.calibration else "without verdicts"
@@ -265,9 +275,9 @@ def predict(argv: list[str]) -> None:
 
 
 def benchmark(argv: list[str]) -> None:
-    parser = _parser("benchmark", "Fit and evaluate methods, seed by seed; go on after a stop; render from records.")
-    _benchmark_options(parser)
-    options = _parse(parser, argv)
+    parser = make_parser("benchmark", "Fit and evaluate methods, by seeds, going on after a stop; render from records.")
+    add_benchmark_options(parser)
+    options = parse(parser, argv)
     if not (options.data or options.render):
         raise ZooError("zoo benchmark needs --data: zoo benchmark --data DATA --out DIR.")
 
@@ -305,7 +315,7 @@ def data(argv: list[str]) -> None:
 
 
 def data_prepare(argv: list[str]) -> None:
-    parser = _parser("data prepare", "Decode a data set once, check it and store it grey at the working size.")
+    parser = make_parser("data prepare", "Decode a data set once, check it and store it grey at the working size.")
     parser.add_argument("data", help=f"{FORMS}; MIIC's archives are unpacked")
     parser.add_argument(
         "--size", type=int | list[int], default=224, help="side of the stored images, or [height, width]"
@@ -313,7 +323,7 @@ def data_prepare(argv: list[str]) -> None:
     parser.add_argument("--out", type=str | None, default=None, help="folder of the store; null: under $ZOO_HOME")
     parser.add_argument("--num-workers", type=int | None, default=None, help="threads; null: one a core")
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read and list them")
-    options = _parse(parser, argv)
+    options = parse(parser, argv)
     size = (options.size, options.size) if isinstance(options.size, int) else tuple(options.size)
     if len(size) != 2 or min(size) < 32:
         raise ZooError(f"--size is one number or [height, width] of at least 32 pixels, not {options.size}.")
@@ -324,7 +334,7 @@ def data_prepare(argv: list[str]) -> None:
 
 
 def data_export(argv: list[str]) -> None:
-    parser = _parser("data export", "Write a data set as parquet files with a card, as the hub has them.")
+    parser = make_parser("data export", "Write a data set as parquet files with a card, as the hub has them.")
     parser.add_argument("data", help=FORMS)
     parser.add_argument("--out", type=str | None, default=None, help="folder to write, which is DATA as well")
     parser.add_argument("--push", type=str | None, default=None, help="upload it to the repository ORG/NAME too")
@@ -332,7 +342,7 @@ def data_export(argv: list[str]) -> None:
     parser.add_argument(
         "--i-have-the-right-to-share", action="store_true", help="needed by --push: the set's terms allow you to"
     )
-    options = _parse(parser, argv)
+    options = parse(parser, argv)
     if not options.out:
         raise ZooError(f"zoo data export needs --out: zoo data export {options.data} --out FOLDER.")
     allowed = options.i_have_the_right_to_share
@@ -348,182 +358,6 @@ COMMANDS = {
     "benchmark": benchmark,
     "data": data,
 }
-
-
-# ---- options ---------------------------------------------------------------------------------------------------------
-
-
-def _parser(command: str, about: str, config: bool = True) -> Any:
-    from jsonargparse import ArgumentParser
-
-    parser = ArgumentParser(prog=f"zoo {command}", description=about, exit_on_error=False, allow_abbrev=False)
-    if config:
-        parser.add_argument("--config", action="config", help="YAML file of options")
-    return parser
-
-
-def _data_options(parser: Any, preset: dict[str, Any]) -> None:
-    batch = preset.get("batch_size", 32)
-    parser.add_argument("--batch-size", type=int, default=batch, help="images a batch")
-    parser.add_argument(
-        "--num-workers", type=int | None, default=None, help="decoding processes; null: none without a GPU"
-    )
-    parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read and list them")
-
-
-def _data_values(options: Any) -> dict[str, Any]:
-    return {key: options[key] for key in ("batch_size", "num_workers", "skip_broken")}
-
-
-def _benchmark_options(parser: Any) -> None:
-    parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
-    parser.add_argument("--out", type=str, default="zoo-benchmark", help="folder of records, models, tables and page")
-    parser.add_argument("--methods", type=str, nargs="+", default=list_methods(), help="ids; all of them by default")
-    parser.add_argument("--seeds", type=int, default=3, help="runs a method, with the seeds 0, 1, ...")
-    parser.add_argument(
-        "--preset",
-        type=str | None,
-        default=None,
-        help="as for fit; methods that have no mvtec_steps take paper224 instead",
-    )
-    parser.add_argument(
-        "--budget",
-        type=int | str | None,
-        default=None,
-        help="optimiser steps of each method that takes steps, such as 300, or a share of its preset's, such as 10%",
-    )
-    parser.add_argument(
-        "--protocol", type=Literal["house", "paper"], default="house", help="halves, or all at 224 x 224; see evaluate"
-    )
-    parser.add_argument("--select", type=str, default="image_auroc", help="which step is kept; see fit")
-    parser.add_argument(
-        "--arguments",
-        type=dict[str, dict[str, Any]],
-        default={},
-        help='own arguments of methods, such as \'{"padim": {"dims": 100}}\'',
-    )
-    parser.add_argument("--batch-size", type=int | None, default=None, help="images a batch; null: the preset's")
-    parser.add_argument("--num-workers", type=int | None, default=None, help="decoding processes; null: as for fit")
-    parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read")
-    _run_options(parser, devices=True)
-    parser.add_argument(
-        "--figure-method", type=str | None, default=None, help="of Figure 1; null: the best by image ROC"
-    )
-    parser.add_argument(
-        "--render", type=str | None, default=None, help="only render this folder of an earlier benchmark"
-    )
-
-
-def _trainer_options(parser: Any, preset: dict[str, Any]) -> None:
-    """Of methods that learn by gradient; null takes the preset's."""
-    steps, epochs = preset.get("max_steps"), preset.get("max_epochs")
-    usual = f"the preset has {steps} steps" if steps else f"the preset has {epochs} epochs" if epochs else "no training"
-    parser.add_argument("--max-steps", type=int | None, default=None, help=f"optimiser steps; {usual}")
-    parser.add_argument("--max-epochs", type=int | None, default=None, help=f"passes over the images; {usual}")
-    parser.add_argument("--accumulate", type=int | None, default=None, help="batches that make one step")
-    parser.add_argument(
-        "--select",
-        type=str | None,
-        default=None,
-        help="which step is kept: last, normal (lowest mean map of held-out normals) or a metric on half of the test "
-        "images, which evaluate then leaves out",
-    )
-
-
-def _run_options(parser: Any, precision: str | None = "32-true", devices: bool = False) -> None:
-    if devices:
-        parser.add_argument("--devices", type=int, default=1, help="processes, one a device; torchrun and srun set it")
-    parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--precision", type=Precision | None, default=precision, help="null: as the model was fitted")
-
-
-def _run(options: Any, precision: str = "32-true") -> RunOptions:
-    progress = sys.stderr.isatty()
-    devices = options.get("devices", 1)
-    return RunOptions(options.device, devices, options.precision or precision, progress, partial(print, flush=True))
-
-
-def _parse(parser: Any, argv: list[str]) -> Any:
-    from argparse import ArgumentError
-
-    try:
-        options = parser.parse_args(argv)
-    except (ArgumentError, TypeError) as error:
-        raise ZooError(_one_sentence(str(error), parser)) from error
-    device = options.get("device", "auto")
-    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-        raise ZooError(f"--device is auto, cpu, cuda or cuda:N, not {device}.")
-    devices = options.get("devices", 1)
-    if devices < 1 or (devices > 1 and ":" in device):
-        raise ZooError(f"--devices is at least 1, and 1 with --device {device}; not {devices}.")
-    return options
-
-
-def _bytes(text: str) -> float:
-    """6GB, 500MB or 2GiB -> bytes."""
-    match = re.fullmatch(r"(?i)([0-9]*\.?[0-9]+)\s*([kmgt])(i?)b", text.strip())
-    if not match or not float(match[1]):
-        raise ZooError(f"--memory-limit is a size such as 6GB or 500MB, not {text}.")
-    return float(match[1]) * (1024 if match[3] else 1000) ** ("kmgt".index(match[2].lower()) + 1)
-
-
-def _one_sentence(message: str, parser: Any) -> str:
-    """jsonargparse's message without line breaks, with the nearest option for an unknown one."""
-    unknown = re.search(r"(?i)unrecognized arguments: (\S+)", message)
-    if unknown:
-        options = [o for action in parser._actions for o in action.option_strings if o.startswith("--")]
-        near = difflib.get_close_matches(unknown[1].split("=")[0], options, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"see {parser.prog} --help."
-        return f"{parser.prog} has no option {unknown[1]}; {hint}"
-    message = re.sub(r"Does not validate.*", "Not a value that it takes", message, flags=re.DOTALL)
-    message = re.sub(r'Parser key "(\w+)":', lambda match: f"--{match[1].replace('_', '-')}:", message)
-    message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
-    return f"{message.rstrip('.')}; see {parser.prog} --help."
-
-
-def _before_parsing(argv: list[str]) -> tuple[str | None, str | None]:
-    """Method and preset, which decide on the options: from the arguments, else from the --config file."""
-    found: dict[str, Any] = {}
-    config = _value_of("--config", argv)
-    if config is not None:
-        import yaml
-
-        if not Path(config).is_file():
-            raise ZooError(f"--config {config}: there is no such file.")
-        try:
-            found = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ZooError(f"--config {config} is not readable as YAML.") from error
-        if not isinstance(found, dict):
-            raise ZooError(f"--config {config} holds no options.")
-    named = argv[0] if argv and not argv[0].startswith("-") else next((t for t in argv if _is_method(t)), None)
-    method = named or found.get("method")
-    preset = _value_of("--preset", argv) or found.get("preset")
-    method = method_id(method) if method else None
-    if method and preset:
-        presets(method, preset)
-    return method, preset
-
-
-def _is_method(token: str) -> bool:
-    return token.lower().replace("-", "_") in METHODS
-
-
-def _value_of(option: str, argv: list[str]) -> str | None:
-    for token, following in zip(argv, [*argv[1:], None], strict=False):
-        if token == option:
-            return following
-        if token.startswith(f"{option}="):
-            return token.split("=", 1)[1]
-    return None
-
-
-def _dashes(token: str) -> str:
-    """--bank_size -> --bank-size; values stay as they are."""
-    if not token.startswith("--") or token.startswith("--print"):
-        return token.replace("--print-config", "--print_config", 1) if token.startswith("--print") else token
-    name, equals, value = token.partition("=")
-    return name.replace("_", "-") + equals + value
 
 
 if __name__ == "__main__":

@@ -1,59 +1,39 @@
-"""Fit a model on normal images and evaluate it: the two runs that write records."""
+"""Fit a model on normal images, with default thresholds from those that are held out."""
 
-import contextlib
-import logging
 import math
 import time
-import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from datasets import DatasetDict
-from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from zoo import checkpoint, hub, ranks, record
 from zoo.calibration import default_calibration
 from zoo.callbacks import NotFinite
-from zoo.cards import render_card
 from zoo.data import DataSpec, check_data, encoded, load_data, load_pairs
 from zoo.data.datamodule import AnomalyDataModule
-from zoo.data.halves import SEED, part_of_test, validation_half
-from zoo.data.terms import terms_of
+from zoo.data.halves import SEED, validation_half
 from zoo.errors import ZooError
 from zoo.estimate import Estimate, estimate
+from zoo.evaluation import described
 from zoo.methods import create_model, method_id, presets, signature
 from zoo.metrics import ranking
-from zoo.metrics.bootstrap import intervals
 from zoo.module import AnomalyModule
 from zoo.nn.features import weights_at_hand
 from zoo.pairs import apart_from
 from zoo.ranks import launched
-from zoo.resume import Unfinished, WholeFiles, checkpoint_to_resume
-from zoo.run import BATCH, RunOptions, device_of, plan_training
+from zoo.resume import Unfinished, checkpoint_to_resume
+from zoo.run import DataOptions, RunOptions, device_of, plan_training
+from zoo.trainer import ending, first_speaks, make_trainer, quiet, say_broken
 from zoo.training import kept, trained, training
 
 LONG = 10  # batches: a longer fit is announced with the time and memory that it will take
 PIXEL_QUANTILE = 0.999
 PIXEL_SHIFT = 7  # bits of a pixel's score that its quantiles do without: exact to 2^-16 of the value, in a small table
-
-
-@dataclass
-class DataOptions:
-    """Options of the data module that a preset, the command line or a caller may set."""
-
-    batch_size: int = BATCH
-    num_workers: int | None = None
-    train_fraction: float = 1.0
-    resize: int | None = None
-    crop: int | None = None
-    skip_broken: bool = False
 
 
 def choose_preset(method: str, preset: str | None, arguments: dict[str, Any]) -> str:
@@ -109,7 +89,7 @@ def fit(
     Raises:
         ZooError: any mistake in the arguments or the images, in one sentence.
     """
-    run, arguments = _first_speaks(run or RunOptions()), arguments or {}
+    run, arguments = first_speaks(run or RunOptions()), arguments or {}
     method = method_id(method)
     place = hub.model_place(name, home) if name is not None else None
     if place is not None:
@@ -149,8 +129,8 @@ def fit(
         path = checkpoint_to_resume(unfinished.path, resume, run)
         callbacks.append(unfinished)
     start = time.perf_counter()
-    with _quiet(), _ended("fit", "; the same command with --resume goes on" if name else ""):
-        trainer = _trainer(run, callbacks, **limits)
+    with quiet(), ending("fit", "; the same command with --resume goes on" if name else ""):
+        trainer = make_trainer(run, callbacks, **limits)
         try:
             trainer.fit(model, datamodule=module, ckpt_path=path, weights_only=True)
         except NotFinite as error:
@@ -167,7 +147,7 @@ def fit(
         "configuration": {"preset": preset, "model": model.kept_arguments(), "data": asdict(options)},
         "seed": model.hparams.seed,
         "precision": run.precision,
-        "train_data": _described(spec)
+        "train_data": described(spec)
         | {"images": module.num_train_images - defects, "defects": defects}
         | {"held_out": len(heldout), "broken": len(module.broken)}
         | model.further_sources()
@@ -197,151 +177,11 @@ def fit(
             private["selection.csv"] = checkpoint.csv_text(["image"], [[name] for name in names])
     if module.broken:
         private["broken.csv"] = checkpoint.csv_text(["image", "reason"], module.broken)
-    _say_broken(module, run)
+    say_broken(module, run)
     if place is not None and trainer.is_global_zero:
         model.save_pretrained(place, result, private)
         unfinished.discard()
     return model, result
-
-
-def evaluate(
-    model: AnomalyModule,
-    data: str,
-    result: dict[str, Any] | None = None,
-    data_options: dict[str, Any] | None = None,
-    run: RunOptions | None = None,
-    bootstrap: int = 0,
-    part: str | None = None,
-) -> dict[str, Any]:
-    """Score the test split at the images' own size.
-
-    Args:
-        model: fitted.
-        data: DATA specification.
-        result: the fit's record, which the figures are added to.
-        data_options: fields of `DataOptions`.
-        bootstrap: how often the test images are drawn anew, for `intervals` of the metrics (`zoo.metrics.bootstrap`).
-        part: of the test split: `val`, `held_out` (halves) or `full`; None takes what a selection has not seen.
-
-    Returns:
-        The record with `metrics`, `test_data`, `eval_size`; per-image scores are in `model.scored`.
-
-    Raises:
-        ZooError: no test images, or only one class among them.
-    """
-    run = _first_speaks(run or RunOptions(precision=model.precision))
-    spec, result = check_data(data), {k: v for k, v in (result or {}).items() if k not in ("protocol", "readings")}
-    if not sum(spec.counts["test"]):
-        raise ZooError(f"--data {data} has no test images; add test/good and test/<kind>, or bad beside good.")
-    if not all(spec.counts["test"]):
-        missing = "normal" if not spec.counts["test"][0] else "anomalous"
-        raise ZooError(f"--data {data} has no {missing} test images; metrics need both classes.")
-    options = DataOptions(**(model.view | (data_options or {})))
-    chosen = model.selection is not None and model.selection["fingerprint"] == spec.origin
-    if chosen and model.selection.get("test", spec.counts["test"]) != spec.counts["test"]:
-        here, then = sum(spec.counts["test"]), sum(model.selection["test"])
-        raise ZooError(
-            f"--data {data} has {here} test images, where half of {then} chose this model's step: another half; "
-            "evaluate it on the images that it was fitted on."
-        )
-    half = chosen and part in (None, "held_out")
-    seed = model.selection["seed"] if chosen else SEED
-    split = part_of_test(load_data(spec), part or ("held_out" if half else "full"), seed)
-    seen = model.selection is not None and not chosen
-    if half and part is None:
-        run.say(
-            f"{model.selection['metric']} on one half of these test images chose the step; scored is the other half."
-        )
-    elif seen:
-        run.say("The step was chosen on test images of other data; where the two share images, figures are too good.")
-    module = AnomalyDataModule(split, input_size=model.size, **asdict(options))
-    start = time.perf_counter()
-    with _quiet(), _ended("evaluation"):
-        trainer = _trainer(run)
-        others = _by_other_scores(model, trainer, module)
-        model.tables = [] if bootstrap else None
-        (metrics,) = trainer.test(model, datamodule=module, verbose=False)
-        if trainer.received_sigterm:  # in its last batch, after which Lightning doesn't look
-            raise SIGTERMException
-    anomalous = sum(label for _, label, _ in model.scored)
-    _say_broken(module, run)
-    ends = _intervals(model, metrics, bootstrap) if bootstrap else {}
-    result = {key: value for key, value in result.items() if key != "intervals"}  # of an evaluation before
-    return result | {
-        "method": model.method,
-        "metrics": {key: round(value, 6) for key, value in metrics.items()},
-        **ends,
-        **({"score": model.hparams.score, "other_scores": others} if others else {}),
-        "test_data": _described(spec)
-        | {"normal": len(model.scored) - anomalous, "anomalous": anomalous, "broken": len(module.broken)}
-        | ({"half": "the half that the selection did not see"} if half else {})
-        | ({"part": part} if part else {})
-        | ({"seen": "the weights were chosen on other data, which may share images"} if seen else {}),
-        "eval_size": [side, side] if (side := options.crop or options.resize) else "native",
-        "evaluation": {
-            "seconds": round(time.perf_counter() - start, 2),
-            "peak_memory_mb": record.peak_memory_mb(),
-            "precision": run.precision,
-            **record.environment(trainer.strategy.root_device),
-        },
-    }
-
-
-def _intervals(model: AnomalyModule, metrics: dict[str, float], replicates: int) -> dict[str, Any]:
-    """Of the last test, for the record."""
-    tables, model.tables = model.tables, None
-    _, labels, scores = zip(*model.scored, strict=True)
-    found = intervals(labels, scores, tables if "pixel_auroc" in metrics else None, replicates)
-    about = {"level": 0.95, "draws": replicates, "seed": 0, "drawn": "images, class by class, with replacement"}
-    return {"intervals": about | {"metrics": {key: [round(end, 6) for end in found[key]] for key in metrics}}}
-
-
-def _by_other_scores(
-    model: AnomalyModule, trainer: L.Trainer, module: AnomalyDataModule
-) -> dict[str, dict[str, float]]:
-    """Image metrics by those scores of a method that its argument `score` has not chosen."""
-    found = {}
-    for form in model.score_forms:
-        chosen = model.hparams.score
-        if form == chosen:
-            continue
-        model.hparams.score = form
-        try:
-            (metrics,) = trainer.test(model, datamodule=module, verbose=False)
-        finally:
-            model.hparams.score = chosen
-        found[form] = {key: round(value, 6) for key, value in metrics.items() if key.startswith("image")}
-    return found
-
-
-def write_scores(path: Path, model: AnomalyModule) -> None:
-    """The per-image scores of the last evaluation: image, label (1 anomalous), score; a file .csv or .parquet.
-
-    Raises:
-        ZooError: it can't be written.
-    """
-    columns = ["image", "label", "score"]
-    if path.suffix == ".csv":
-        checkpoint.write_text(path, checkpoint.csv_text(columns, model.scored))
-        return
-    import pyarrow
-    from pyarrow import parquet
-
-    table = pyarrow.table(dict(zip(columns, map(list, zip(*model.scored, strict=True)), strict=True)))
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        parquet.write_table(table, temporary)
-        temporary.replace(path)
-    except OSError as error:
-        raise ZooError(f"{path} could not be written ({error}).") from error
-
-
-def store_evaluation(folder: Path, model: AnomalyModule, result: dict[str, Any]) -> None:
-    """Put an evaluation's record, card and per-image scores into the model's folder."""
-    write_scores(folder / "private" / "scores.csv", model)
-    checkpoint.write_text(folder / checkpoint.CARD, render_card(model.config(), result))
-    checkpoint.write_text(folder / checkpoint.RECORD, checkpoint.dump(result))
 
 
 @torch.inference_mode()
@@ -380,11 +220,6 @@ def _train_only(spec: DataSpec) -> DatasetDict:
     return DatasetDict(train=data["train"], test=data["test"].select([]))
 
 
-def _say_broken(module: AnomalyDataModule, run: RunOptions) -> None:
-    for name, reason in module.broken:
-        run.say(f"Left out {name}: {reason}")
-
-
 def _takes_pairs(method: str) -> bool:
     return "inpainting_pairs" in signature(method)
 
@@ -400,11 +235,6 @@ def _give_pairs(model: AnomalyModule, spec: DataSpec, module: AnomalyDataModule,
     elif found or spec.kind in ("store", "parquet", "hub"):
         run.say(f"This copy of {spec.name} has no pairs to learn from at hand: corruptions are made instead.")
     return bool(model.pairs)
-
-
-def _described(spec: DataSpec) -> dict[str, Any]:
-    terms = terms_of(spec.name)
-    return {"name": spec.name, "fingerprint": spec.fingerprint} | ({"terms": terms} if terms else {})
 
 
 def _announce(
@@ -446,59 +276,3 @@ def _announce(
         raise ZooError(f"This fit needs {need}, more than {limit}; lower --batch-size{model.memory_options}.")
     run.say(f"{about}: {needs}.")
     return needs
-
-
-def _first_speaks(run: RunOptions) -> RunOptions:
-    """Of several processes only the first one tells and shows progress."""
-    return replace(run, progress=False, say=RunOptions.say) if launched()[0] else run
-
-
-def _trainer(run: RunOptions, callbacks: Sequence[L.Callback] = (), **options: Any) -> L.Trainer:
-    device = device_of(run.device)
-    _, world, local = launched()
-    count = local if world > 1 else run.devices
-    one_of_many = device.type == "cuda" and count == 1
-    return L.Trainer(
-        accelerator="gpu" if device.type == "cuda" else device.type,
-        devices=[device.index or 0] if one_of_many else count,
-        num_nodes=max(world // local, 1),
-        strategy=DDPStrategy(timeout=ranks.PATIENCE) if max(world, count) > 1 else "auto",
-        plugins=[WholeFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
-        precision=run.precision,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=run.progress,
-        callbacks=[*callbacks, *([TQDMProgressBar(leave=True)] if run.progress else [])],
-        num_sanity_val_steps=0,
-        **options,
-    )
-
-
-@contextlib.contextmanager
-def _ended(what: str, hint: str = "") -> Iterator[None]:
-    """What Lightning makes of signals -> an interrupt, or one sentence."""
-    try:
-        yield
-    except SIGTERMException as error:
-        raise ZooError(f"The {what} was asked to end{hint}.") from error
-    except torch.OutOfMemoryError as error:
-        raise ZooError("The device's memory is full; lower --batch-size.") from error
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's advice, which is meant for its developers."""
-    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="lightning")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -17,7 +17,7 @@ from zoo.checkpoint import read_last
 from zoo.data import check_data
 from zoo.data.halves import SEED
 from zoo.errors import ZooError
-from zoo.fit import evaluate
+from zoo.evaluation import evaluate
 from zoo.metrics import AnomalyMetrics
 from zoo.module import AnomalyModule
 from zoo.run import RunOptions, device_of
@@ -41,13 +41,13 @@ def evaluate_by(
         model: fitted; its `last_weights` are read too, in the house protocol.
         data: DATA specification.
         result: the fit's record, which the figures are added to.
-        data_options: fields of `zoo.fit.DataOptions`.
+        data_options: fields of `zoo.run.DataOptions`.
         bootstrap: draws of the test images of the part that counts, for intervals of its metrics; see `evaluate`.
 
     Returns:
-        The record of `zoo.fit.evaluate` on the part that counts (`held_out`; `full` for the paper), with `protocol` and
-        `readings`: by name `about` (what they are, in words), `normal`, `anomalous` and `metrics`, those that go by
-        names of their own (`zoo.cards.FURTHER`) included.
+        The record of `zoo.evaluation.evaluate` on the part that counts (`held_out`; `full` for the paper), with
+        `protocol` and `readings`: by name `about` (what they are, in words), `normal`, `anomalous` and `metrics`, those
+        that go by names of their own (`zoo.cards.FURTHER`) included.
 
     Raises:
         ZooError: as `evaluate`; test images too few for two halves.

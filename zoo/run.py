@@ -29,6 +29,18 @@ class RunOptions:
     say: Callable[[str], None] = lambda line: None
 
 
+@dataclass
+class DataOptions:
+    """Options of the data module that a preset, the command line or a caller may set."""
+
+    batch_size: int = BATCH
+    num_workers: int | None = None
+    train_fraction: float = 1.0
+    resize: int | None = None
+    crop: int | None = None
+    skip_broken: bool = False
+
+
 def device_of(name: str) -> "torch.device":
     """The device that a name stands for; `auto` is the accelerator where there is one, for each process its own.
 

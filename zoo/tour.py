@@ -8,7 +8,8 @@ import numpy as np
 from zoo import hub, plots
 from zoo.data import load_data
 from zoo.data.synthetic import KINDS
-from zoo.fit import evaluate, fit, store_evaluation
+from zoo.evaluation import evaluate, store_evaluation
+from zoo.fit import fit
 from zoo.run import RunOptions
 from zoo.tables import console, metric_table
 

@@ -23,7 +23,8 @@ from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import SEED, named_halves, part_of_test
 from zoo.errors import ZooError
-from zoo.fit import fit, store_evaluation
+from zoo.evaluation import store_evaluation
+from zoo.fit import fit
 from zoo.module import AnomalyModule
 from zoo.protocol import PAPER_SIZE, evaluate_by, load_last_weights
 from zoo.ranks import launched

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from zoo.fit import evaluate, fit
+from zoo.evaluation import evaluate
+from zoo.fit import fit
 
 DATA = "synthetic:train=150,good=60,defect=63,size=128"
 METRICS = ("image_auroc", "pixel_ap")

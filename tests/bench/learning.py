@@ -25,7 +25,8 @@ from PIL import Image
 
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
-from zoo.fit import evaluate, fit
+from zoo.evaluation import evaluate
+from zoo.fit import fit
 from zoo.methods import create_model, list_methods, presets, signature
 
 # Pixels, else 128, which is small for the first three; `lite` of the others has networks for 64.

@@ -11,7 +11,8 @@ import json
 import statistics
 from pathlib import Path
 
-from zoo.fit import evaluate, fit
+from zoo.evaluation import evaluate
+from zoo.fit import fit
 
 NAMES = {"image_auroc": "image_auroc", "pixel_auroc": "pixel_auroc", "pixel_aupro": "aupro"}
 

@@ -24,7 +24,8 @@ from sklearn.metrics import roc_auc_score
 
 from zoo.cards import METRICS
 from zoo.data import load_data
-from zoo.fit import evaluate, fit
+from zoo.evaluation import evaluate
+from zoo.fit import fit
 from zoo.image import read_image
 from zoo.methods import list_methods
 from zoo.run import RunOptions

@@ -29,7 +29,8 @@ from zoo.data import load_data, store_writer, synthetic
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.prepare import prepare_data
 from zoo.data.rows import read_row
-from zoo.fit import evaluate, fit
+from zoo.evaluation import evaluate
+from zoo.fit import fit
 from zoo.image import resize, to_tensor
 
 LEAST = {"decoded_over_pil": 2, "read_per_s": 5000}

@@ -114,7 +114,8 @@ def plain(sizes=(224, 512), seeds=(0, 1)):
 
 def models(runs=RUNS):
     """Image AUROC of fitted models (preset lite), overall and of each kind against all good images."""
-    from zoo.fit import evaluate, fit
+    from zoo.evaluation import evaluate
+    from zoo.fit import fit
 
     report = []
     for method, size, seed in runs:

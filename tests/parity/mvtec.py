@@ -16,7 +16,8 @@ import json
 from pathlib import Path
 
 from zoo.errors import ZooError
-from zoo.fit import evaluate, fit
+from zoo.evaluation import evaluate
+from zoo.fit import fit
 from zoo.run import RunOptions
 
 KEYS = ("image_auroc", "pixel_auroc", "pixel_aupro")
