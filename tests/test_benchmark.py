@@ -58,8 +58,8 @@ def bench(tmp_path_factory):
     out, weights = root / "out", root / "secret place" / "weights.safetensors"
     arguments = {"stfpm": {"backbone_weights": str(weights)}}
     told = io.StringIO()
-    with contextlib.redirect_stdout(told):
-        assert main(command(out, "padim", "stfpm", arguments=arguments)) == 0
+    with contextlib.redirect_stderr(told):
+        assert main(command(out, "padim", "stfpm", arguments=arguments)) == 2
     first = root / "first"
     shutil.copytree(out, first)
     before = (out / "runs" / "padim-seed0.json").stat().st_mtime_ns
@@ -71,7 +71,7 @@ def bench(tmp_path_factory):
 
 
 def test_a_failing_method_is_survived_and_says_why(bench, capsys):
-    assert "1 of 2 runs failed: stfpm-seed0. The same command tries them again." in bench["told"]
+    assert "1 of 2 runs failed: stfpm-seed0; the same command tries them again." in bench["told"]
     found = records_of(bench["first"])
     assert set(found) == {"padim-seed0", "stfpm-seed0"}
     assert found["padim-seed0"]["metrics"] and "weights.safetensors" in found["stfpm-seed0"]["failed"]
@@ -187,6 +187,11 @@ def test_the_page_shows_what_lies_beside_it(bench):
     rows = list(csv.DictReader(open(out / "models/padim-seed0/private/scores.csv")))
     normals = sorted((float(row["score"]) for row in rows if row["label"] == "0"), reverse=True)
     alarms = [picture["score"] for picture in listed if picture["group"] == "false alarms"]
+    scores = {row["image"]: float(row["score"]) for row in rows}
+    assert all(scores[p["name"]] == pytest.approx(p["score"], rel=1e-6) and p["name"] in page for p in listed)
+    shown = [p for method in SIZES for p in json.loads((out / f"runs/{method}-seed0/pictures.json").read_text())]
+    assert page.count(": no miss<") == sum(p["called"] for p in shown if p["group"] == "misses")
+    assert page.count(": no false alarm<") == sum(not p["called"] for p in shown if p["group"] == "false alarms")
     assert alarms == pytest.approx(normals[:3], rel=1e-6)
 
 
@@ -483,17 +488,29 @@ def test_a_checkpoint_that_is_of_no_use_is_dropped(damage, tmp_path):
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (dict(budget=5), 'another budget, "4"'),
-        (dict(data="synthetic:train=51,good=9,defect=14,size=64"), "another data"),
-        (dict(arguments={"padim": {"dims": 21}}), "another arguments of padim"),
+        (dict(budget=5), 'budget is "4", not "5"'),
+        (
+            dict(data="synthetic:train=51,good=9,defect=14,size=64"),
+            'defect=14,size=64", not "synthetic:train=51',
+        ),
+        (dict(arguments={"padim": {"dims": 21}}), "arguments of padim is {"),
+        (dict(arguments={"padim": {"dims": "many"}}), "--dims: Expected a int"),
     ],
 )
 def test_another_configuration_is_refused(bench, change, match, capsys):
     before = {name: dump(record) for name, record in records_of(bench["out"]).items()}
     assert main(command(bench["out"], "padim", **change)) == 2
     error = capsys.readouterr().err
-    assert match in error and "--out" in error and error.count("\n") == 1
+    assert match in error and ("--out" in error) != ("--help" in error) and error.count("\n") == 1
     assert {name: dump(record) for name, record in records_of(bench["out"]).items()} == before
+
+
+def test_a_method_that_has_only_failed_may_be_given_other_arguments(tmp_path, capsys):
+    assert main(command(tmp_path, "padim", arguments={"padim": {"input_size": 16}})) == 2
+    assert "--input-size" in records_of(tmp_path)["padim-seed0"]["failed"]
+    assert main(command(tmp_path, "padim")) == 0
+    assert main(["benchmark", "--render", str(tmp_path), "--data", DATA]) == 2
+    assert "leave out --data" in capsys.readouterr().err
 
 
 def test_figure_1_of_another_method_and_rendering_alone(bench, tmp_path, capsys):

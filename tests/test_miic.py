@@ -824,6 +824,19 @@ def test_any_set_is_exported(mvtec, tmp_path):
     assert len(data["train"]) == 30 and len(data["test"]) == 0 and not (tmp_path / "flat/halves.json").exists()
 
 
+def test_an_export_names_what_is_no_image_and_keeps_it(mvtec, tmp_path, capsys):
+    data = tmp_path / "data"
+    shutil.copytree(mvtec, data)
+    whole = next((data / "train/good").iterdir())
+    whole.write_bytes(whole.read_bytes()[:-100])
+    assert run("data", "export", data, "--out", tmp_path / "out") == 0
+    told = capsys.readouterr().out
+    assert told.count("Exported as it is") == 1 and whole.name in told and "--skip-broken" in told
+    rows = load_data(str(tmp_path / "out"))["train"]
+    kept = {Path(row["path"]).name: row["image"]["bytes"] for row in rows.with_format(None)}
+    assert kept[whole.name] == whole.read_bytes()
+
+
 def test_an_export_is_not_written_over_and_not_read_when_damaged(exported, mvtec, tmp_path, capsys):
     assert run("data", "export", mvtec, "--out", exported) == 2
     assert f"of something else, or of files that have changed since; remove {exported}" in capsys.readouterr().err

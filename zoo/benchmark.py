@@ -21,6 +21,7 @@ from zoo.checkpoint import dump, write_text
 from zoo.errors import ZooError
 from zoo.launch import Launcher
 from zoo.methods import method_id
+from zoo.paths import locked
 from zoo.plan import FORMAT_VERSION, Plan, jobs_of, run_key, run_name
 from zoo.reasons import reason
 
@@ -59,7 +60,8 @@ def run_benchmark(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str,
         for job, left in _claimed(plan.out, missing, launcher, say):
             time_left = _time_left(took, [each["method"] for each in left])
             number = len(jobs) - len(left) + 1
-            say(f"[{number} of {len(jobs)}] {job['method']}, seed {job['seed']}{time_left} ...")
+            method = job["method"].replace("_", "-")
+            say(f"[{number} of {len(jobs)}] {method}, seed {job['seed']}{time_left} ...")
             begin = time.monotonic()
             why = _run(job, plan.out, launcher)
             took[job["method"]] = time.monotonic() - begin
@@ -176,20 +178,30 @@ def joined(out: Path, index: dict[str, Any]) -> dict[str, Any]:
     found = read_index(out)
     if not found:
         return index
+    seeds = found.get("seeds", {})
+    kept = {method for method in index["methods"].keys() & found["methods"].keys() if _has_work(out, method, seeds)}
     pairs = [("", found["common"], index["common"])]
-    pairs += [(f" of {m}", found["methods"][m], how) for m, how in index["methods"].items() if m in found["methods"]]
+    pairs += [(f" of {method}", found["methods"][method], index["methods"][method]) for method in sorted(kept)]
     for of, before, now in pairs:
         for key, value in now.items():
             if before.get(key) != value and not (key == "contents" and _now_there(before, value)):
-                key, was = key.replace("_", "-"), json.dumps(before.get(key))
+                pair = (before.get(key), value) if key != "data" else (before[key]["name"], value["name"])
+                was, asked = map(json.dumps, pair)
+                asked = "with the same images" if was == asked else asked
                 raise ZooError(
-                    f"{out} holds a benchmark with another {key}{of}, {was}; take the same, or another folder by --out."
+                    f"{out} holds a benchmark whose {key.replace('_', '-')}{of} is {was}, not {asked}; take the same, "
+                    "or another folder by --out."
                 )
-    seeds = found.get("seeds", {})
     return found | {
         "methods": found["methods"] | index["methods"],
         "seeds": seeds | {method: max(count, seeds.get(method, 0)) for method, count in index["seeds"].items()},
     }
+
+
+def _has_work(out: Path, method: str, seeds: dict[str, int]) -> bool:
+    """Whether a run of a method has left more than its failure: a model, or the checkpoint of a fit."""
+    names = [run_name(method, seed) for seed in range(seeds.get(method, 0))]
+    return any(hub.model_place(name, out).exists() or hub.unfinished_place(name, out).exists() for name in names)
 
 
 def _now_there(before: dict[str, Any], contents: dict[str, str | None]) -> bool:
@@ -251,21 +263,17 @@ def _places(job: dict[str, Any]) -> list[str]:
 @contextmanager
 def alone(out: Path) -> Iterator[None]:
     """Of several benchmarks in a folder one at a time, for what concerns them all; it takes seconds."""
-    try:
-        with _writable(out):
-            (out / "runs").mkdir(parents=True, exist_ok=True)
-            with FileLock(out / ".lock").acquire(timeout=PATIENCE):  # let go of by a process that is killed
-                yield
-    except Timeout:
-        raise ZooError(f"Another benchmark holds {out}; see what it does, or name another folder by --out.") from None
+    with _writable(out):
+        (out / "runs").mkdir(parents=True, exist_ok=True)
+        held = f"Another benchmark holds {out}; see what it does, or name another folder by --out."
+        with locked(out / ".lock", PATIENCE, held):
+            yield
 
 
 @contextmanager
 def _writable(out: Path) -> Iterator[None]:
     try:
         yield
-    except Timeout:  # an OSError too
-        raise
     except OSError as error:
         raise ZooError(f"{out} could not be written ({error}); runs with a record are kept.") from error
 

@@ -280,8 +280,10 @@ def benchmark(argv: list[str]) -> None:
     options = parse(parser, argv)
     if not (options.data or options.render):
         raise ZooError("zoo benchmark needs --data: zoo benchmark --data DATA --out DIR.")
+    if options.data and options.render:
+        raise ZooError("--render shows the records of a folder and runs nothing; leave out --data, or --render.")
 
-    out = Path(options.render or options.out)
+    out, records = Path(options.render or options.out), {}
     if not options.render:
         from zoo.benchmark import run_benchmark
         from zoo.plan import Plan
@@ -290,17 +292,18 @@ def benchmark(argv: list[str]) -> None:
         plan.budget = None if options.budget is None else str(options.budget)
         plan.precision = options.precision or "32-true"
         records = run_benchmark(plan, partial(print, flush=True))
-        if failed := [name for name, record in records.items() if "failed" in record]:
-            print(
-                f"{len(failed)} of {len(records)} runs failed: {', '.join(failed)}. The same command tries them again."
-            )
-    if not launched()[0]:
-        from zoo.report import render
+    if launched()[0]:  # the first of several processes renders, and ends with the code that counts
+        return
+    from zoo.report import render
 
-        written = [path.name for path in render(out, options.figure_method)]
-        if options.figure_method and "figure1.png" not in written:
-            print(f"There is no Figure 1: no run of {options.figure_method} has succeeded.")
-        print(f"{', '.join(written)} are in {out}.")
+    written = [path.name for path in render(out, options.figure_method)]
+    if options.figure_method and "figure1.png" not in written:
+        print(f"There is no Figure 1: no run of {options.figure_method} has succeeded.")
+    print(f"{', '.join(written)} are in {out}.")
+    if failed := [name for name, record in records.items() if "failed" in record]:
+        raise ZooError(
+            f"{len(failed)} of {len(records)} runs failed: {', '.join(failed)}; the same command tries them again."
+        )
 
 
 def data(argv: list[str]) -> None:

@@ -18,7 +18,7 @@ from zoo.module import AnomalyModule
 
 EACH, EACH_OF_ONE = 3, 12  # hits and misses of a kind of defect, at most; the same where there is one kind alone
 ONE_KIND = "defect"  # what it is called then
-FIGURE_ROWS = 6  # defects in Figure 1, at most
+FIGURE_ROWS = 8  # defects in Figure 1, at most
 SIDE = 192  # pixels of a picture in a gallery, at most
 INDEX, FIGURE1 = "pictures.json", "figure1.png"
 
@@ -66,13 +66,14 @@ def draw(
             kept[name] = shown
     figure_rows = [
         {"normal": kept[beside[i % len(beside)]].image, "defective": of.image, "truth": of.known(), "map": of.map}
-        for i, of in enumerate(kept[name] for name in defects)
+        | {"label": kind_of(name) if len(kinds) > 1 else ""}
+        for i, (name, of) in enumerate((name, kept[name]) for name in defects)
     ]
     plots.figure1(figure_rows, model.calibration, folder / FIGURE1)
     index = [
-        {"group": group, "kind": kind, "score": score, "file": _file(number)}
+        {"group": group, "kind": kind, "name": name, "score": score, "file": _file(number)}
         | {"called": None if threshold is None else score >= threshold}
-        for number, (group, kind, (score, _)) in enumerate(picks)
+        for number, (group, kind, (score, name)) in enumerate(picks)
     ]
     checkpoint.write_text(folder / INDEX, checkpoint.dump(index))
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from zoo.data import FORMS
 from zoo.errors import ZooError
-from zoo.methods import METHODS, list_methods, method_id, presets
+from zoo.methods import METHODS, list_methods, method_id, presets, signature
 from zoo.run import RunOptions
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
@@ -119,6 +119,25 @@ def parse(parser: Any, argv: list[str]) -> Any:
     if devices < 1 or (devices > 1 and ":" in device):
         raise ZooError(f"--devices is at least 1, and 1 with --device {device}; not {devices}.")
     return options
+
+
+def own_arguments(method: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Values of a method's own arguments, as its options take them.
+
+    Raises:
+        ZooError: an argument that it lacks, or a value of another type.
+    """
+    from argparse import ArgumentError
+
+    parser, known = make_parser(f"fit {method}", "", config=False), signature(method)
+    if unknown := values.keys() - (known.keys() - {"seed"}):
+        raise ZooError(f"{method} has no argument {min(unknown)!r} to benchmark with; see zoo fit {method} --help.")
+    for name in values:
+        parser.add_argument(f"--{name}", type=known[name].type)
+    try:
+        return parser.parse_object(values).as_dict()
+    except (ArgumentError, TypeError) as error:
+        raise ZooError(f"--arguments of {method}: {_one_sentence(str(error), parser)}") from error
 
 
 def to_bytes(text: str) -> float:

@@ -1,7 +1,11 @@
-"""A path as a user writes it, `~` included."""
+"""A path as a user writes it, `~` included; and a lock on one."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from zoo.errors import ZooError
 
@@ -26,3 +30,21 @@ def absolute(text: str | os.PathLike) -> Path:
         ZooError: as `user_path`.
     """
     return Path(os.path.abspath(user_path(text)))
+
+
+@contextmanager
+def locked(path: Path, seconds: float, otherwise: str) -> Iterator[None]:
+    """Hold a lock file, which a process that is killed lets go of; for `seconds` another one is waited for.
+
+    Raises:
+        ZooError: with the words of `otherwise`, if that one holds it still.
+    """
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        raise ZooError(otherwise) from None
+    try:
+        yield
+    finally:
+        lock.release()

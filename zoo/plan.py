@@ -13,6 +13,7 @@ from zoo.data import DataSpec, check_data
 from zoo.data.holdout import held_out
 from zoo.errors import ZooError
 from zoo.methods import method_id, presets, signature
+from zoo.options import own_arguments
 from zoo.paths import user_path
 from zoo.ranks import launched
 from zoo.run import BATCH, device_of, plan_training
@@ -112,18 +113,16 @@ def jobs_of(plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     arguments = plan.arguments = {method_id(name): values for name, values in plan.arguments.items()}
     for method in dict.fromkeys(method_id(name) for name in plan.methods):
         preset = _preset(method, plan.preset)
-        unknown = arguments.get(method, {}).keys() - (signature(method).keys() - {"seed"})
-        if unknown:
-            raise ZooError(f"{method} has no argument {min(unknown)!r} to benchmark with; see zoo fit {method} --help.")
+        arguments[method] = own_arguments(method, arguments.get(method, {}))
         epoch = steps_an_epoch(method, preset, plan, *spec.counts["train"])
         trainer = trainer_options(method, preset, plan.budget, plan.select, epoch)
-        methods[method] = {"preset": preset, "trainer": trainer, **_placeless(arguments.get(method, {}))}
+        methods[method] = {"preset": preset, "trainer": trainer, **_placeless(arguments[method])}
     if others := arguments.keys() - methods.keys():
         raise ZooError(f"--arguments speaks of {min(others)}, which --methods leaves out.")
     _check_weights(methods, arguments)
     common["device"] = device_of(plan.device).type  # times on different ones have no mean
     jobs = [
-        _job(plan, common, method, how, seed) | {"arguments": arguments.get(method, {})}
+        _job(plan, common, method, how, seed) | {"arguments": arguments[method]}
         for seed in range(plan.seeds)
         for method, how in methods.items()
     ]

@@ -3,6 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -63,11 +64,11 @@ def save_png(path: Path, array: np.ndarray) -> None:
     temporary.replace(path)
 
 
-def figure1(rows: Sequence[dict[str, np.ndarray]], calibration: Calibration, path: Path) -> None:
+def figure1(rows: Sequence[dict[str, Any]], calibration: Calibration, path: Path) -> None:
     """The paper's Figure 1: one row a defect with a normal image, the defect outlined, heatmap and predicted mask.
 
     Args:
-        rows: dicts with `normal`, `defective` (H, W), `truth` (H, W) bool and `map` (H, W).
+        rows: dicts with `normal`, `defective` (H, W), `truth` (H, W) bool, `map` (H, W), and `label`, set beside.
         calibration: fixes colour scale and mask threshold.
         path: PNG to write.
     """
@@ -83,7 +84,8 @@ def figure1(rows: Sequence[dict[str, np.ndarray]], calibration: Calibration, pat
         )
         for axis, picture in zip(line, shown, strict=True):
             axis.imshow(picture, cmap="gray", vmin=0, vmax=1 if picture.dtype == bool else 255)
-            axis.set_axis_off()
+            axis.set(xticks=[], yticks=[], frame_on=False)
+        line[0].set_ylabel(row["label"], fontsize=10)
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=10)
     _save_figure(figure, path)

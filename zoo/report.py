@@ -94,16 +94,26 @@ def _facts(index: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, st
     presets = sorted({how["preset"] for how in index["methods"].values()})
     names = {run_name(method, seed) for method, count in index.get("seeds", {}).items() for seed in range(count)}
     if missing := sorted(names - {record["benchmark"]["name"] for record in records}):
-        facts["runs without a record"] = ", ".join(missing)
+        facts["runs without a whole record"] = ", ".join(missing)
     facts |= {"preset": ", ".join(presets), "budget": common["budget"] or "the preset's"}
     if done:
-        parts = {record["readings"].get("held_out", record["readings"]["full"])["anomalous"] for record in done}
-        facts["anomalous test images that count"] = ", ".join(map(str, sorted(parts)))
+        facts["images"] = "; ".join(sorted({_images(record) for record in done}))
         hardware = {_hardware(record) for record in done}
         facts["hardware"] = "; ".join(sorted(hardware))
+        if days := sorted({record["benchmark"]["date"] for record in done if "date" in record["benchmark"]}):
+            facts["dates"] = " to ".join(dict.fromkeys((days[0], days[-1])))
         versions = {f"zoo {r['versions']['zoo']}, torch {r['versions']['torch']}" for r in done}
         facts["versions"] = "; ".join(sorted(versions))
     return facts
+
+
+def _images(record: dict[str, Any]) -> str:
+    """What a run learned from, and what of the test set its figures go by."""
+    learned, counted = record["train_data"], record["readings"].get("held_out", record["readings"]["full"])
+    held = f", {learned['held_out']:,} of them held out for thresholds" if learned["held_out"] else ""
+    part = "held-out half" if "held_out" in record["readings"] else "full test set"
+    normals = f"{learned['images'] + learned['held_out']:,} normal to learn from{held}"
+    return f"{normals}; {part} of {counted['normal']:,} normal and {counted['anomalous']:,} anomalous"
 
 
 def _hardware(record: dict[str, Any]) -> str:

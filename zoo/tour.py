@@ -39,7 +39,7 @@ def quickstart(out: Path, run: RunOptions) -> None:
         plots.save_png(out / "samples" / f"{kind}.png", image)
         truth = np.asarray(row["mask"]) > 0
         found = model.predict(image).map
-        rows.append({"normal": normal, "defective": image, "truth": truth, "map": found})
+        rows.append({"label": kind, "normal": normal, "defective": image, "truth": truth, "map": found})
     plots.save_png(out / "samples" / "normal.png", normals[0])
     plots.figure1(rows, model.calibration, out / "figure1.png")
     run.say(

@@ -8,14 +8,13 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from zoo import checkpoint, gallery, hub
 from zoo.benchmark import is_done, read_record
@@ -26,6 +25,7 @@ from zoo.errors import ZooError
 from zoo.evaluation import store_evaluation
 from zoo.fit import fit
 from zoo.module import AnomalyModule
+from zoo.paths import locked
 from zoo.protocol import PAPER_SIZE, evaluate_by, load_last_weights
 from zoo.ranks import launched
 from zoo.reasons import SENTENCE, UNFORESEEN
@@ -43,7 +43,8 @@ def run(job: dict[str, Any]) -> None:
     """
     out, name, first = Path(job["out"]), job["name"], launched()[0] == 0
     options = RunOptions(job["device"], 1, job["precision"], say=partial(print, flush=True))
-    with _alone(out / "runs" / f".{name}.lock") if first else nullcontext():
+    held = "An earlier benchmark's process still works on this run; try again when it is gone."
+    with locked(out / "runs" / f".{name}.lock", PATIENCE, held) if first else nullcontext():
         if launched()[1] == 1 and is_done(read_record(out, name), job["key"]):  # by the process that held the lock
             return
         if first and not (out / "halves.json").is_file():
@@ -61,17 +62,8 @@ def run(job: dict[str, Any]) -> None:
             if model.calibration:
                 threshold = record["protocol"].get("val_thresholds", {}).get("image")
                 gallery.draw(out / "runs" / name, model, job["data"], _view(job, model), threshold)
-            record["benchmark"] = {"key": job["key"], "name": name}
+            record["benchmark"] = {"key": job["key"], "name": name, "date": datetime.now(UTC).date().isoformat()}
             checkpoint.write_text(out / "runs" / f"{name}.json", checkpoint.dump(record))
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    try:
-        with FileLock(path).acquire(timeout=PATIENCE):
-            yield
-    except Timeout:
-        raise ZooError("An earlier benchmark's process still works on this run; try again when it is gone.") from None
 
 
 def _fitted(job: dict[str, Any], out: Path, options: RunOptions) -> tuple[AnomalyModule, dict[str, Any]]:

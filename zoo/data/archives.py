@@ -6,9 +6,8 @@ import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from zoo.errors import ZooError
+from zoo.paths import locked
 
 # 7z and bsdtar tell the format by content; Debian's 7z and unrar-free can't read RAR 5, and the next one is tried.
 TOOLS = {
@@ -39,9 +38,9 @@ def unpack(root: Path, folders: Sequence[str], say: Callable[[str], None]) -> No
     """
     if not (archives := packed(root, folders)):
         return
+    lock = root / ".unpack.lock"
     try:
-        lock = FileLock(root / ".unpack.lock")  # let go of by a process that is killed
-        with lock.acquire(timeout=0):
+        with locked(lock, 0, f"Another process unpacks the archives in {root}; wait for it."):
             archives = packed(root, folders)  # another process may have done it meanwhile
             try:
                 tools = _tools(archives)
@@ -50,9 +49,7 @@ def unpack(root: Path, folders: Sequence[str], say: Callable[[str], None]) -> No
                     say(f"Unpacking {archive.name} ({archive.stat().st_size / 1e6:,.0f} MB).")
                     _unpack(archive, root / name, tools)
             finally:
-                Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody else's
-    except Timeout:
-        raise ZooError(f"Another process unpacks the archives in {root}; wait for it.") from None
+                lock.unlink(missing_ok=True)  # while it is held: nobody else's
     except OSError as error:
         raise ZooError(f"{root} could not be written ({error}); folders that are whole are kept.") from error
 

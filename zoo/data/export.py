@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from zoo.data import DataSpec, check_data, files_digest, load_data, parquet
 from zoo.data.store import digest, file_hash
 from zoo.data.terms import terms_of
 from zoo.errors import ZooError
+from zoo.image import read_image
 from zoo.paths import absolute
 
 if TYPE_CHECKING:
@@ -55,7 +57,8 @@ def export_data(data: str, out: str, push: str | None, private: bool, allowed: b
     if _is_there(place, about):
         print(f"{data} is exported already, and whole, in {place}.")
     else:
-        _write(spec, about, place, progress)
+        for reason in _write(spec, about, place, progress):
+            print(f"Exported as it is, to be left out by --skip-broken where it is read: {reason}")
         print(f"Exported {sum(map(sum, spec.counts.values())):,} images to {place}.")
     if push:
         seen = _push(place, push, private)
@@ -80,7 +83,8 @@ def _is_there(place: Path, about: dict[str, Any]) -> bool:
     return True
 
 
-def _write(spec: DataSpec, about: dict[str, Any], place: Path, progress: bool) -> None:
+def _write(spec: DataSpec, about: dict[str, Any], place: Path, progress: bool) -> list[str]:
+    """Write the folder; says what of it can't be read as an image."""
     from rich.progress import Progress
 
     configurations = _configurations(spec)
@@ -88,7 +92,7 @@ def _write(spec: DataSpec, about: dict[str, Any], place: Path, progress: bool) -
         task = bar.add_task(
             "Writing", total=sum(len(rows) for data in configurations.values() for rows in data.values())
         )
-        names, sizes = [], {}
+        names, sizes, broken = [], {}, []
         for name, data in configurations.items():
             (temporary / FOLDERS[name]).mkdir()
             for split, rows in data.items():
@@ -97,7 +101,7 @@ def _write(spec: DataSpec, about: dict[str, Any], place: Path, progress: bool) -
                 for i in range(count):
                     shard = rows.select(range(i * SHARD, min((i + 1) * SHARD, len(rows))))
                     names.append(f"{FOLDERS[name]}/{split}-{i:05d}-of-{count:05d}.parquet")
-                    sizes[name, split] += _write_shard(shard, temporary / names[-1])
+                    sizes[name, split] += _write_shard(shard, temporary / names[-1], broken)
                     bar.advance(task, len(shard))
         index = about | {"format_version": parquet.FORMAT_VERSION}
         index["files"] = {name: file_hash(temporary / name) for name in names}
@@ -105,6 +109,7 @@ def _write(spec: DataSpec, about: dict[str, Any], place: Path, progress: bool) -
         if halved := _halves(configurations["default"]["test"]):
             (temporary / HALVES).write_text(checkpoint.dump(halved), encoding="utf-8")
         (temporary / CARD).write_text(_card(spec, configurations, sizes, halved), encoding="utf-8")
+    return broken
 
 
 def _configurations(spec: DataSpec) -> dict[str, datasets.DatasetDict]:
@@ -117,15 +122,15 @@ def _configurations(spec: DataSpec) -> dict[str, datasets.DatasetDict]:
     return {"default": load_miic(spec.path, boxes=True)} | ({"inpainting": pairs} if pairs else {})
 
 
-def _write_shard(rows: datasets.Dataset, path: Path) -> int:
-    """Write one file; bytes of its rows in memory."""
+def _write_shard(rows: datasets.Dataset, path: Path, broken: list[str]) -> int:
+    """Write one file, adding to `broken` why an image of it can't be read; bytes of its rows in memory."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     schema = _features(rows).arrow_schema  # with what the hub's viewer and load_dataset read of it
     size = 0
     with pq.ParquetWriter(path, schema) as writer:
-        for batch in _encoded(rows):
+        for batch in _encoded(rows, broken):
             table = pa.Table.from_pydict(batch, schema=schema)
             writer.write_table(table)
             size += table.nbytes
@@ -139,14 +144,27 @@ def _features(rows: datasets.Dataset) -> datasets.Features:
     return datasets.Features(rows.features | {name: datasets.Image() for name in IMAGES if name in rows.features})
 
 
-def _encoded(rows: datasets.Dataset) -> Iterator[dict[str, list]]:
+def _encoded(rows: datasets.Dataset, broken: list[str]) -> Iterator[dict[str, list]]:
     """Columns of some rows at a time, images as the bytes of their files."""
-    for first in range(0, len(rows), GROUP):
-        batch = dict(rows[first : first + GROUP])
-        names = [Path(name).name for name in batch["path"]]
-        for column in batch.keys() & IMAGES:
-            batch[column] = [_file(value, name) for value, name in zip(batch[column], names, strict=True)]
-        yield batch
+    with ThreadPoolExecutor() as pool:
+        for first in range(0, len(rows), GROUP):
+            batch = dict(rows[first : first + GROUP])
+            names = [Path(name).name for name in batch["path"]]
+            for column in sorted(batch.keys() & IMAGES):
+                broken += filter(None, pool.map(_damage, batch[column], batch["path"]))
+                batch[column] = [_file(value, name) for value, name in zip(batch[column], names, strict=True)]
+            yield batch
+
+
+def _damage(value: Any, name: str) -> str | None:
+    """Why the file of an image can't be read."""
+    if value is None or isinstance(value, np.ndarray):
+        return None
+    try:
+        read_image(value | {"path": value["path"] or name})
+    except ZooError as error:
+        return str(error)
+    return None
 
 
 def _file(value: Any, name: str) -> dict[str, Any] | None:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from zoo.checkpoint import dump, write_text
 from zoo.data.rows import read_row
@@ -33,6 +32,7 @@ from zoo.data.store import (
     read_index,
 )
 from zoo.errors import ZooError
+from zoo.paths import locked
 
 if TYPE_CHECKING:
     import datasets
@@ -171,14 +171,12 @@ def _alone(place: Path) -> Iterator[None]:
     """Nobody else prepares the same store meanwhile; what the disk refuses is told."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(place.with_name(f".{place.name}.lock"))  # let go of by a process that is killed
-        with lock.acquire(timeout=0):
+        lock = place.with_name(f".{place.name}.lock")
+        with locked(lock, 0, f"Another process prepares {place}; wait for it, or name another folder by --out."):
             try:
                 yield
             finally:
-                Path(lock.lock_file).unlink(missing_ok=True)  # while it is held: nobody else's
-    except Timeout:
-        raise ZooError(f"Another process prepares {place}; wait for it, or name another folder by --out.") from None
+                lock.unlink(missing_ok=True)  # while it is held: nobody else's
     except OSError as error:
         raise ZooError(f"{place} could not be written ({error}); what is done is kept for the next run.") from error
 

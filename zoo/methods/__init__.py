@@ -47,7 +47,9 @@ def method_id(name: str) -> str:
     """
     method = name.lower().replace("-", "_")
     if method not in METHODS:
-        near = difflib.get_close_matches(method, METHODS, n=3, cutoff=0.4) or list_methods()
+        near = difflib.get_close_matches(method, METHODS, n=3, cutoff=0.4)
+        if not near:
+            raise ZooError(f"There is no method {name!r}; there are {', '.join(list_methods())}.")
         raise ZooError(f"There is no method {name!r}; did you mean {' or '.join(near)}? `zoo list` shows all.")
     return method
 
