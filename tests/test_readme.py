@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+from bench import cost
 from bench.real_images import table
 
 from zoo import paper
+from zoo.methods import list_methods
 
 ROOT = Path(__file__).parents[1]
 
@@ -14,6 +16,15 @@ def test_table_is_that_of_the_record():
     report = json.loads((ROOT / "tests/bench/real_images.json").read_text(encoding="utf-8"))
     assert all(found["runs"] for found in report.values()) and len(report) == 3
     assert table(report) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_costs_are_those_of_the_record():
+    report = json.loads((ROOT / "tests/bench/cost.json").read_text(encoding="utf-8"))
+    assert {run["method"] for run in report["runs"]} == set(list_methods())
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert cost.table(report["runs"]) in readme
+    assert report["images"] == cost.IMAGES and f"{cost.IMAGES:,} images" in readme
+    assert report["assumed_flops"] == cost.RATE and f"{cost.RATE / 1e12:g} TFLOP/s" in readme
 
 
 def test_the_paragraph_on_the_papers_figures_is_that_of_the_table():

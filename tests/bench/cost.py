@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry
 from zoo import record
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
+from zoo.errors import ZooError
 from zoo.methods import create_model, list_methods, presets
 from zoo.nn.features import architecture_only
 
@@ -98,16 +99,34 @@ def measure(method):
 
 
 def table(runs):
-    """Lines of Markdown: what the README shows."""
-    lines = [
-        "| method | images a step | steps on MIIC | s a step here | TFLOP a step | memory, GB | GPU hours, estimate |",
-        "|---" * 7 + "|",
-    ]
+    """Lines of Markdown: what the README shows. Of the last two columns the sums stand below."""
+    head = ["method", "images a step", "steps on MIIC", "s a step here", "TFLOP a step", "memory, GB"]
+    head += ["GPU hours, estimate", "with `mvtec_steps`"]
+    lines, sums = [head, ["---"] * len(head)], [0.0, 0.0]
     for run in runs:
-        figures = f"{run['seconds_a_step']:.2f} | {run['flops_a_step'] / 1e12:.3f} | {run['memory_mb'] / 1024:.1f}"
-        hours = f"{run['steps'] * run['flops_a_step'] / RATE / 3600:.2g}"
-        lines.append(f"| `{run['method']}` | {run['batch']} | {run['steps']:,} | {figures} | {hours} |")
-    return "\n".join(lines)
+        hours = [steps * run["flops_a_step"] / RATE / 3600 for steps in (run["steps"], fewer_steps(run))]
+        sums = [one + more for one, more in zip(sums, hours, strict=True)]
+        measured = [
+            f"{run['seconds_a_step']:.2f}",
+            f"{run['flops_a_step'] / 1e12:.3f}",
+            f"{run['memory_mb'] / 1024:.1f}",
+        ]
+        about = [f"`{run['method'].replace('_', '-')}`", str(run["batch"]), f"{run['steps']:,}"]
+        lines.append([*about, *measured, *map(in_hours, hours)])
+    lines.append(["all", *["-"] * 5, *map(in_hours, sums)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def fewer_steps(run):
+    """Of preset mvtec_steps, or of paper224 where a method has no such preset."""
+    try:
+        return presets(run["method"], "mvtec_steps")["trainer"]["max_steps"]
+    except ZooError:
+        return run["steps"]
+
+
+def in_hours(hours):
+    return f"{hours:.0f}" if hours >= 10 else f"{hours:.2g}"
 
 
 def main():
@@ -124,7 +143,7 @@ def main():
         command = [sys.executable, __file__, "--one", "--methods", method]
         out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
         new = json.loads(out.splitlines()[-1])
-        print(table([new]).splitlines()[-1], flush=True)
+        print(table([new]).splitlines()[2], flush=True)
         runs = sorted([run for run in runs if run["method"] != method] + [new], key=lambda run: run["method"])
         if options.out:
             report = {"images": IMAGES, "assumed_flops": RATE, "runs": runs, **record.environment(torch.device("cpu"))}
