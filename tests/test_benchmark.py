@@ -17,8 +17,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from miic_replica import make
 from PIL import Image
 from safetensors.torch import save_file
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from zoo import paper, plots
 from zoo.benchmark import read_index
@@ -36,6 +38,8 @@ from zoo.resume import drop_unusable
 from zoo.run import RunOptions
 from zoo.trial import run
 
+BOARDS = Path(__file__).parents[2] / "shared" / "data" / "deeppcb_small"
+CLASSES = ("normal", "anomalous")
 DATA = "synthetic:train=50,good=9,defect=14,size=64"
 SIZES = {"padim": {"input_size": 64, "dims": 20}, "stfpm": {"input_size": 64}}
 LITE = ["--preset", "lite", "--batch-size", "10", "--device", "cpu"]
@@ -350,7 +354,9 @@ def test_a_run_that_was_fitted_is_not_fitted_again(bench, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(bench["out"], out)
     (out / "runs/stfpm-seed1.json").unlink()
-    given = {"stfpm": SIZES["stfpm"]}
+    given = {
+        "stfpm": SIZES["stfpm"] | {"backbone_weights": str(bench["root"] / "secret place" / "weights.safetensors")}
+    }
     _, jobs = jobs_of(Plan(DATA, ["stfpm"], out, 2, "lite", "4", arguments=given, device="cpu", batch_size=10))
     run(jobs[1])
     again, before = (records_of(place)["stfpm-seed1"] for place in (out, bench["out"]))
@@ -511,6 +517,88 @@ def test_a_method_that_has_only_failed_may_be_given_other_arguments(tmp_path, ca
     assert main(command(tmp_path, "padim")) == 0
     assert main(["benchmark", "--render", str(tmp_path), "--data", DATA]) == 2
     assert "leave out --data" in capsys.readouterr().err
+
+
+def test_a_model_of_another_configuration_is_not_taken_for_this_run(tmp_path):
+    """Its folder's index is gone, and with it what refuses another configuration."""
+    assert main(command(tmp_path, "padim")) == 0
+    (tmp_path / "benchmark.json").unlink()
+    other = "synthetic:train=40,good=6,defect=8,size=64"
+    assert main(command(tmp_path, "padim", arguments={"padim": {"dims": 12}}, data=other)) == 0
+    record = records_of(tmp_path)["padim-seed0"]
+    assert record["configuration"]["model"]["dims"] == 12 and record["train_data"]["name"] == other
+    names = json.loads((tmp_path / "halves.json").read_text())
+    assert sum(len(names[half]) for half in ("val", "held_out")) == 6 + 8
+
+
+def test_arguments_that_are_null_where_they_may_not_be(tmp_path, capsys):
+    assert main(command(tmp_path, "padim", arguments={"padim": {"backbone": None}})) == 2
+    assert "--backbone can't be null" in capsys.readouterr().err
+    assert main(command(tmp_path, "padim", arguments={"padim": {"seed": 3}})) == 2
+    assert "no argument 'seed'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ['{"format_version": 1}', "[]", '{"format_version": 1, "common": 3, "methods": {}}'])
+def test_a_damaged_index_is_one_sentence(bench, tmp_path, text, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(bench["out"], out)
+    (out / "benchmark.json").write_text(text)
+    assert main(["benchmark", "--render", str(out)]) == 2
+    told = capsys.readouterr().err
+    assert "benchmark.json is damaged" in told and told.count("\n") == 1
+
+
+def test_a_damaged_gallery_is_left_out_of_the_page(bench, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(bench["out"], out)
+    for text in ("[{", '[{"group": "hits"}]', "3"):
+        for seed in (0, 1):
+            (out / f"runs/padim-seed{seed}/pictures.json").write_text(text)
+        render(out)
+        page = (out / "index.html").read_text()
+        assert "<h2>stfpm, seed" in page and "<h2>padim, seed" not in page
+
+
+@pytest.mark.parametrize("protocol", ["house", "paper"])
+def test_the_replica_of_miic_from_benchmark_to_intervals(protocol, tmp_path, capsys):
+    root = tmp_path / "replica"
+    make(root, train=30, normal=8, abnormal=10, size=64)
+    data, out = f"miic:{root}", tmp_path / "out"
+    assert main([*command(out, "padim", data=data), "--protocol", protocol, "--skip-broken"]) == 0
+    table = (out / "table3.md").read_text()
+    assert "Benchmark on miic-replica" in table and "padim" in table and "2505.07576" not in table
+    record = records_of(out)["padim-seed0"]
+    assert set(record["readings"]) == ({"held_out", "full"} if protocol == "house" else {"full"})
+    assert record["readings"]["full"]["unmarked"] >= 1  # the replica's empty mask
+    halves = json.loads((out / "halves.json").read_text())
+    assert {Path(name).parent.as_posix() for name in halves["val"]} <= {
+        "Anomaly_test/normal_img",
+        "Anomaly_test/abnormal_img",
+    }
+    model, scores = str(out / "models/padim-seed0"), str(tmp_path / "scores.csv")
+    options = ["--data", data, "--protocol", protocol, "--bootstrap", "50", "--scores", scores, "--skip-broken"]
+    assert main(["evaluate", model, *options]) == 0
+    intervals = json.loads((Path(model) / "results.json").read_text())["intervals"]
+    assert intervals["draws"] == 50 and all(low <= high for low, high in intervals["metrics"].values())
+    rows = list(csv.DictReader(open(scores)))
+    assert len(rows) == sum(record["readings"]["held_out" if protocol == "house" else "full"][k] for k in CLASSES)
+
+
+@pytest.mark.skipif(not BOARDS.is_dir(), reason="the circuit boards are not here")
+def test_the_circuit_boards_from_benchmark_to_intervals(tmp_path):
+    out = tmp_path / "out"
+    assert main(command(out, "padim", "stfpm", data=str(BOARDS))) == 0
+    for method in ("padim", "stfpm"):
+        record = records_of(out)[f"{method}-seed0"]
+        assert record["readings"]["full"]["anomalous"] == sum(1 for _ in (BOARDS / "test/defect").iterdir())
+        rows = list(csv.DictReader(open(out / f"models/{method}-seed0/private/scores.csv")))
+        labels, scores = [int(row["label"]) for row in rows], [float(row["score"]) for row in rows]
+        held_out = record["readings"]["held_out"]
+        assert (labels.count(0), labels.count(1)) == (held_out["normal"], held_out["anomalous"])
+        assert held_out["metrics"]["image_auroc"] == pytest.approx(roc_auc_score(labels, scores), abs=1e-5)
+        assert held_out["metrics"]["image_ap"] == pytest.approx(average_precision_score(labels, scores), abs=1e-5)
+    assert main(["evaluate", str(out / "models/padim-seed0"), "--data", str(BOARDS), "--bootstrap", "50"]) == 0
+    assert "intervals" in json.loads((out / "models/padim-seed0/results.json").read_text())
 
 
 def test_figure_1_of_another_method_and_rendering_alone(bench, tmp_path, capsys):

@@ -162,7 +162,13 @@ def read_index(out: Path) -> dict[str, Any]:
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         version = index["format_version"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        if version == FORMAT_VERSION:
+            (
+                index["common"]["data"]["name"],
+                [how["preset"] for how in index["methods"].values()],
+                index["seeds"].items(),
+            )
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise ZooError(f"{path} is damaged; name another folder by --out.") from error
     if version != FORMAT_VERSION:
         raise ZooError(f"{path} has format version {version}, not {FORMAT_VERSION}; name another folder by --out.")

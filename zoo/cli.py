@@ -30,6 +30,7 @@ from zoo.options import (
     to_bytes,
     with_dashes,
 )
+from zoo.paths import user_path
 from zoo.ranks import launched
 from zoo.run import plan_training
 
@@ -283,7 +284,7 @@ def benchmark(argv: list[str]) -> None:
     if options.data and options.render:
         raise ZooError("--render shows the records of a folder and runs nothing; leave out --data, or --render.")
 
-    out, records = Path(options.render or options.out), {}
+    out, records = user_path(options.render or options.out), {}
     if not options.render:
         from zoo.benchmark import run_benchmark
         from zoo.plan import Plan

@@ -82,6 +82,8 @@ def evaluate(
             raise SIGTERMException
     anomalous = sum(label for _, label, _ in model.scored)
     say_broken(module, run)
+    if unmarked := len(model.unmarked):
+        run.say(f"{unmarked} of {anomalous} anomalous images have no defect pixel in their masks as they are scored.")
     ends = _intervals(model, metrics, bootstrap) if bootstrap else {}
     result = {key: value for key, value in result.items() if key != "intervals"}  # of an evaluation before
     return result | {
@@ -91,6 +93,7 @@ def evaluate(
         **({"score": model.hparams.score, "other_scores": others} if others else {}),
         "test_data": described(spec)
         | {"normal": len(model.scored) - anomalous, "anomalous": anomalous, "broken": len(module.broken)}
+        | ({"unmarked": unmarked} if unmarked else {})
         | ({"half": "the half that the selection did not see"} if half else {})
         | ({"part": part} if part else {})
         | ({"seen": "the weights were chosen on other data, which may share images"} if seen else {}),

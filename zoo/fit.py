@@ -134,6 +134,8 @@ def fit(
         try:
             trainer.fit(model, datamodule=module, ckpt_path=path, weights_only=True)
         except NotFinite as error:
+            if unfinished is not None and trainer.is_global_zero:
+                unfinished.path.unlink(missing_ok=True)  # going on from there would end here again
             raise kept(error, model, place and unfinished.path.with_name("last-good")) from None
     model.eval()
     own_seconds = time.perf_counter() - start

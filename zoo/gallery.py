@@ -95,9 +95,9 @@ def _picks(
     most = EACH if len(kinds) > 1 else EACH_OF_ONE
     picks = [("false alarms", "", pick) for pick in normals[::-1][:most]]
     for kind, found in kinds.items():
-        each = min(most, max(EACH, len(found) // 2))
-        hits, rest = found[::-1][:each], found[:-each]
-        picks += [("hits", kind, pick) for pick in hits] + [("misses", kind, pick) for pick in rest[:each]]
+        hits, misses = -(-len(found) // 2), len(found) // 2  # no image is both
+        picks += [("hits", kind, pick) for pick in found[::-1][: min(most, hits)]]
+        picks += [("misses", kind, pick) for pick in found[: min(most, misses)]]
     return picks
 
 

@@ -77,6 +77,7 @@ class AnomalyModule(LearningModule):
         self.view: dict[str, int | None] = {"resize": None, "crop": None}  # of the data module, in preset original
         self.metrics = AnomalyMetrics()
         self.scored: list[tuple[str, int, float]] = []  # (name, label, score) of the last validation or test
+        self.unmarked: list[str] = []  # anomalous ones without a defect pixel in their masks, as scored
         self.tables: list[np.ndarray] | None = None  # of its images' pixels, where somebody asks for them by a list
 
     # ---- images in -------------------------------------------------------------------------------------------------
@@ -93,7 +94,7 @@ class AnomalyModule(LearningModule):
 
     def on_validation_epoch_start(self) -> None:
         self.metrics.reset()
-        self.scored = []
+        self.scored, self.unmarked = [], []
         self.tables = None if self.tables is None else []
 
     @property
@@ -108,12 +109,15 @@ class AnomalyModule(LearningModule):
             scores = self(part.image, part.roi)
             self.metrics.update(scores.image, scores.map, part.label, part.mask, part.roi)
             self.scored += zip(part.name, part.label.tolist(), scores.image.tolist(), strict=True)
+            if part.mask is not None:
+                empty = part.label.bool() & ~part.mask.flatten(1).any(1)
+                self.unmarked += [name for name, is_empty in zip(part.name, empty.tolist(), strict=True) if is_empty]
             if self.tables is not None:
                 self.tables += image_tables(scores.map, part.mask, part.roi)
 
     def on_validation_epoch_end(self) -> None:
         if self.is_fitted and not self.trainer.sanity_checking:
-            self.scored = ranks.gather_list(self.scored)
+            self.scored, self.unmarked = ranks.gather_list(self.scored), ranks.gather_list(self.unmarked)
             self.tables = None if self.tables is None else ranks.gather_list(self.tables)
             self.log_dict(self.metrics.compute())  # the same in all processes: the tables were merged
 

@@ -5,7 +5,7 @@ import re
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from zoo.data import FORMS
 from zoo.errors import ZooError
@@ -134,6 +134,9 @@ def own_arguments(method: str, values: dict[str, Any]) -> dict[str, Any]:
         raise ZooError(f"{method} has no argument {min(unknown)!r} to benchmark with; see zoo fit {method} --help.")
     for name in values:
         parser.add_argument(f"--{name}", type=known[name].type)
+    for name, value in values.items():
+        if value is None and type(None) not in get_args(known[name].type):
+            raise ZooError(f"--arguments of {method}: --{name.replace('_', '-')} can't be null; leave it out.")
     try:
         return parser.parse_object(values).as_dict()
     except (ArgumentError, TypeError) as error:

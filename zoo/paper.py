@@ -39,12 +39,14 @@ ABOUT = (
     "1,272. Its F1 is the maximum over all thresholds on the evaluated images, an upper bound, as is ours under the "
     "same name. Which code made Table 3 is not confirmed. In the authors' public library, as it was a week before the "
     "paper, there is no such split, each metric keeps its own best epoch on the images that it is reported on, PRO is "
-    "taken at 200 thresholds with both axes stretched (our PRO dfr200, not our PRO), and several methods differ from "
-    "their originals (RD4AD on a ResNet18, STFPM learning from one layer, PatchCore's map rescaled by batch). These "
-    "are possible explanations and no more. The paper's PRO stands in the column of that name because it is called "
-    "so; its recipe is not stated. Rows marked * are copied by the paper from Huang et al. (ICIP 2021), whose "
-    "threshold for F1 is not known; RIAD has no row. A difference from ours is therefore no finding about a method by "
-    "itself."
+    "taken at 200 thresholds with both axes stretched (our PRO dfr200, not our PRO), masks are resized and then "
+    "truncated to whole numbers, so that they shrink, the ImageNet normalisation of its MIIC loader is off by "
+    "default, and several methods differ from their originals (RD4AD on a ResNet18, STFPM learning from one layer, "
+    "PatchCore's map rescaled by batch). Of PatchCore the paper says that it saw a random half of the training "
+    "images, and not how much of them its coreset kept. These are possible explanations and no more. The paper's PRO "
+    "stands in the column of that name because it is called so; its recipe is not stated. Rows marked * are copied by "
+    "the paper from Huang et al. (ICIP 2021), whose threshold for F1 is not known; RIAD has no row. A difference from "
+    "ours is therefore no finding about a method by itself."
 )
 
 

@@ -19,8 +19,9 @@ from zoo.ranks import launched
 from zoo.run import BATCH, device_of, plan_training
 
 FORMAT_VERSION = 1
-DEFAULT_SELECT = "image_auroc"
-STEP_PRESETS = {"mvtec_steps": "paper224"}  # what methods without such a preset take
+DEFAULT_SELECT, DEFAULT_PRESET = "image_auroc", "paper224"
+PATHS = ("backbone_weights", "inpainting_pairs")  # arguments that name files or folders
+STEP_PRESETS = {"mvtec_steps": DEFAULT_PRESET}  # what methods without such a preset take
 
 
 @dataclass
@@ -105,7 +106,8 @@ def jobs_of(plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     _check_counts(plan, spec)
     common = {
         "data": {"name": spec.name, "fingerprint": spec.fingerprint},
-        **{key: getattr(plan, key) for key in ("preset", "budget", "protocol", "select", "precision")},
+        "preset": plan.preset or DEFAULT_PRESET,
+        **{key: getattr(plan, key) for key in ("budget", "protocol", "select", "precision")},
         "devices": plan.devices if world == 1 else world,
         **{key: getattr(plan, key) for key in ("batch_size", "skip_broken")},
     }
@@ -132,13 +134,13 @@ def jobs_of(plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def _placeless(arguments: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """`arguments` as a record may tell them, of a path its last part; and by name the `contents` of what lies there."""
-    paths = {name: user_path(value) for name, value in arguments.items() if _is_path(value)}
+    paths = {name: user_path(arguments[name]) for name in PATHS if _is_path(arguments.get(name))}
     named = {"arguments": arguments | {name: path.name for name, path in paths.items()}}
     return named | ({"contents": {name: _digest(path) for name, path in paths.items()}} if paths else {})
 
 
 def _is_path(value: Any) -> bool:
-    """Whether an argument names a file or folder, be it there or not; hf-hub:ORG/NAME names none."""
+    """Whether a value names a file or folder, be it there or not; hf-hub:ORG/NAME names none."""
     return isinstance(value, str) and (value.startswith("~") or "/" in value.split(":")[0] or os.path.exists(value))
 
 
@@ -165,7 +167,7 @@ def _check_counts(plan: Plan, spec: DataSpec) -> None:
 def _preset(method: str, preset: str | None) -> str:
     """The preset that a method takes: `paper224` where none is named, or where it lacks one that is about steps."""
     if preset is None:
-        return "paper224"
+        return DEFAULT_PRESET
     try:
         presets(method, preset)
     except ZooError:

@@ -23,6 +23,7 @@ from zoo.module import AnomalyModule
 from zoo.run import RunOptions, device_of
 
 PAPER_SIZE = 224
+COUNTS = ("normal", "anomalous", "unmarked")
 
 
 def evaluate_by(
@@ -79,7 +80,7 @@ class _Scored(NamedTuple):
 
     metrics: AnomalyMetrics
     record: dict[str, Any]
-    counts: dict[str, int]  # normal, anomalous
+    counts: dict[str, int]  # normal, anomalous, unmarked: of these those without a defect pixel in their masks
 
 
 def _score(
@@ -94,7 +95,7 @@ def _score(
     model.metrics = AnomalyMetrics()
     record = evaluate(model, data, result, options, run, bootstrap, part)
     metrics = model.metrics.to(device_of(run.device))  # where processes can meet; a Trainer leaves it on the CPU
-    return _Scored(metrics, record, {label: record["test_data"][label] for label in ("normal", "anomalous")})
+    return _Scored(metrics, record, {key: record["test_data"].get(key, 0) for key in COUNTS})
 
 
 def _reading(about: str, part: _Scored, thresholds: dict[str, float]) -> dict[str, Any]:

@@ -174,7 +174,10 @@ def _galleries(out: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]
         if method in galleries or not listed.is_file() or "failed" in record:
             continue
         groups: dict[str, list[dict[str, Any]]] = {}
-        pictures = json.loads(listed.read_text(encoding="utf-8"))
+        try:
+            pictures = [_checked(picture) for picture in json.loads(listed.read_text(encoding="utf-8"))]
+        except (OSError, ValueError, KeyError, TypeError):  # damaged: the page does without
+            continue
         one_kind = {picture["kind"] for picture in pictures if picture["kind"]} == {ONE_KIND}
         for picture in pictures:
             title = picture["group"] + (f": {picture['kind']}" if picture["kind"] else "")
@@ -182,6 +185,11 @@ def _galleries(out: Path, records: list[dict[str, Any]]) -> list[dict[str, Any]]
         about = {"method": method.replace("_", "-"), "seed": record["seed"], "one_kind": one_kind}
         galleries[method] = about | {"groups": groups}
     return list(galleries.values())
+
+
+def _checked(picture: dict[str, Any]) -> dict[str, Any]:
+    """An entry of `pictures.json` with what the page shows of it; damaged, or of an older version, it raises."""
+    return {key: picture[key] for key in ("group", "kind", "name", "score", "file", "called")}
 
 
 @cache

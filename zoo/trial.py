@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import sys
@@ -47,9 +48,10 @@ def run(job: dict[str, Any]) -> None:
     with locked(out / "runs" / f".{name}.lock", PATIENCE, held) if first else nullcontext():
         if launched()[1] == 1 and is_done(read_record(out, name), job["key"]):  # by the process that held the lock
             return
-        if first and not (out / "halves.json").is_file():
-            halves = {"seed": SEED} | named_halves(load_data(job["data"])["test"])
-            checkpoint.write_text(out / "halves.json", checkpoint.dump(halves))
+        if first:
+            _of_this_run(job, out)
+            halves = checkpoint.dump({"seed": SEED} | named_halves(load_data(job["data"])["test"]))
+            checkpoint.write_text(out / "halves.json", halves)
         model, record = _fitted(job, out, options)
         data_options = {key: job["data_options"].get(key) for key in ("num_workers", "skip_broken")}
         data_options |= {"batch_size": record["configuration"]["data"]["batch_size"]}
@@ -64,6 +66,16 @@ def run(job: dict[str, Any]) -> None:
                 gallery.draw(out / "runs" / name, model, job["data"], _view(job, model), threshold)
             record["benchmark"] = {"key": job["key"], "name": name, "date": datetime.now(UTC).date().isoformat()}
             checkpoint.write_text(out / "runs" / f"{name}.json", checkpoint.dump(record))
+
+
+def _of_this_run(job: dict[str, Any], out: Path) -> None:
+    """Drop the model and the checkpoint that a run of this name left behind, if it had another configuration."""
+    mark, name = out / "runs" / f".{job['name']}.key", job["name"]
+    if mark.is_file() and mark.read_text(encoding="utf-8") == job["key"]:
+        return
+    shutil.rmtree(hub.model_place(name, out), ignore_errors=True)
+    shutil.rmtree(hub.unfinished_place(name, out).parent, ignore_errors=True)
+    checkpoint.write_text(mark, job["key"])
 
 
 def _fitted(job: dict[str, Any], out: Path, options: RunOptions) -> tuple[AnomalyModule, dict[str, Any]]:
