@@ -170,6 +170,20 @@ def test_the_tables_are_those_of_the_records(bench, kind):
     assert compared == sum(key[2] in METRICS | FURTHER for key in expected)
 
 
+def test_a_table_says_how_it_was_made(bench):
+    for name in ("table3.md", "table3.tex"):
+        text = (bench["out"] / name).read_text().replace("\\_", "_")
+        assert "preset: lite; budget: 4;" in text and "protocol: house; step chosen by: image_auroc" in text
+        assert "images: 50 normal to learn from, 20 of them held out for thresholds; held-out half of 5 normal" in text
+
+
+def test_a_rule_that_is_none_is_refused_whatever_the_methods(tmp_path, capsys):
+    assert main([*command(tmp_path, "padim"), "--select", "foo"]) == 2
+    assert "--select is one of last, normal" in capsys.readouterr().err and not (tmp_path / "benchmark.json").exists()
+    assert main(command(tmp_path, "padim", seeds=0)) == 2
+    assert "--seeds is at least 1, not 0." in capsys.readouterr().err
+
+
 def test_the_page_shows_what_lies_beside_it(bench):
     out = bench["out"]
     page = (out / "index.html").read_text()

@@ -16,7 +16,7 @@ from zoo.methods import method_id, presets, signature
 from zoo.options import own_arguments
 from zoo.paths import user_path
 from zoo.ranks import launched
-from zoo.run import BATCH, device_of, plan_training
+from zoo.run import BATCH, check_select, device_of, plan_training
 
 FORMAT_VERSION = 1
 DEFAULT_SELECT, DEFAULT_PRESET = "image_auroc", "paper224"
@@ -97,8 +97,10 @@ def jobs_of(plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     Raises:
         ZooError: a mistake in the plan.
     """
-    if plan.seeds < 1 or (plan.batch_size is not None and plan.batch_size < 1):
-        raise ZooError(f"--seeds and --batch-size are at least 1, not {plan.seeds} and {plan.batch_size}.")
+    for option, value in (("--seeds", plan.seeds), ("--batch-size", plan.batch_size)):
+        if value is not None and value < 1:
+            raise ZooError(f"{option} is at least 1, not {value}.")
+    check_select(plan.select)
     world = launched()[1]
     if world > 1 and plan.devices > 1:
         raise ZooError("--devices is for one machine without a launcher; torchrun and srun say how many there are.")

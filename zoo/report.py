@@ -51,6 +51,9 @@ def _rendered(out: Path, index: dict[str, Any], figure_method: str | None) -> li
     with_paper = any(row.source != summary.OURS for row in counted)
     titles = {name: _title(name, index) for name in found}
     about = {"index": index, "titles": titles, "note": METRICS_NOTE, "paper": paper.ABOUT if with_paper else None}
+    about["facts"] = _facts(index, records)
+    made = "; ".join(f"{name}: {fact}" for name, fact in about["facts"].items())
+    about["texts"] = [f"How it was made: {made}.", METRICS_NOTE, *([paper.ABOUT] if with_paper else [])]
     write_text(out / "table3.csv", summary.csv_of(found))
     write_text(out / "table3.md", _markdown(found, about))
     write_text(out / "table3.tex", _latex(found, about))
@@ -61,7 +64,6 @@ def _rendered(out: Path, index: dict[str, Any], figure_method: str | None) -> li
     page = _template().render(
         about,
         tables={name: (*summary.cells(rows), rows) for name, rows in found.items()},
-        facts=_facts(index, records),
         figures=pictures,
         figure_method=method,
         counted=titles[next(iter(found))],
@@ -126,7 +128,7 @@ def _markdown(found: dict[str, list[summary.Row]], about: dict[str, Any]) -> str
     parts = [f"# Benchmark on {about['index']['common']['data']['name']}"]
     for name, rows in found.items():
         parts += [f"## {about['titles'][name]}", summary.markdown(rows)]
-    parts += [about["note"], *([about["paper"]] if about["paper"] else [])]
+    parts += about["texts"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -134,7 +136,7 @@ def _latex(found: dict[str, list[summary.Row]], about: dict[str, Any]) -> str:
     data = about["index"]["common"]["data"]["name"]
     parts = ["% needs \\usepackage{booktabs} and \\usepackage{graphicx}"]
     parts += [summary.latex(rows, f"Benchmark on {data}. {about['titles'][name]}") for name, rows in found.items()]
-    parts += [rf"\noindent {summary.tex(text)}" for text in (about["note"], about["paper"]) if text]
+    parts += [rf"\noindent {summary.tex(text)}" for text in about["texts"]]
     return "\n\n".join(parts) + "\n"
 
 

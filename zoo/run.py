@@ -76,6 +76,13 @@ class TrainerOptions:
     select: str = "last"
 
 
+def check_select(rule: str) -> None:
+    """Raises ZooError if there is no such rule by which a step is kept."""
+    known = ("last", "normal", *METRICS)
+    if rule not in known:
+        raise ZooError(f"--select is one of {', '.join(known)}, not {rule}.")
+
+
 def plan_training(method: str, preset: str, given: dict[str, Any]) -> TrainerOptions | None:
     """How a method is to be trained; None for one that learns in a single pass.
 
@@ -92,9 +99,7 @@ def plan_training(method: str, preset: str, given: dict[str, Any]) -> TrainerOpt
     if given.keys() & {"max_steps", "max_epochs"}:  # what is asked for decides, not what the preset says
         planned = {key: value for key, value in planned.items() if key not in ("max_steps", "max_epochs")}
     plan = TrainerOptions(**(planned | given))
-    known = ("last", "normal", *METRICS)
-    if plan.select not in known:
-        raise ZooError(f"--select is one of {', '.join(known)}, not {plan.select}.")
+    check_select(plan.select)
     if min(n for n in (plan.accumulate, plan.max_epochs, plan.max_steps) if n is not None) < 1:
         raise ZooError("--max-steps, --max-epochs and --accumulate are at least 1.")
     return plan
