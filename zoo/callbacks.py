@@ -227,7 +227,7 @@ class KeepBest(L.Callback):
         metrics = AnomalyMetrics().to(module.device)
         for part in (part for parts in batches for part in parts):
             part = part.to(module.device)
-            scores = module(part.image, part.roi)
+            scores = module.score_images(part.image, part.roi)
             metrics.update(scores.image, scores.map, part.label, part.mask, part.roi)
         found = metrics.compute()
         if self.rule not in found:
@@ -244,8 +244,10 @@ class KeepBest(L.Callback):
 def _mean_map(module: AnomalyModule, batches: Iterable[list[Batch]]) -> float:
     sums = torch.zeros(2, dtype=torch.float64)  # of the pixels, and their number
     for part in (part for parts in batches for part in parts):
-        scores = module(part.image.to(module.device))
-        sums += torch.tensor([float(scores.map.double().sum()), scores.map.numel()], dtype=torch.float64)
+        part = part.to(module.device)
+        maps = module.score_images(part.image, part.roi).map
+        maps = maps if part.roi is None else maps[part.roi]
+        sums += torch.tensor([float(maps.double().sum()), maps.numel()], dtype=torch.float64)
     total, count = torch.stack(ranks.gather(sums)).sum(0).tolist()
     return total / count
 

@@ -15,13 +15,14 @@ from zoo.data import FORMS, check_data
 from zoo.data.export import export_data
 from zoo.data.prepare import prepare_data
 from zoo.errors import ZooError
-from zoo.inference import find_images, predict_files
+from zoo.inference import find_ignore, find_images, predict_files
 from zoo.methods import list_methods, method_id, presets, signature, summary
 from zoo.options import (
     add_benchmark_options,
     add_data_options,
     add_run_options,
     add_trainer_options,
+    add_view_options,
     before_parsing,
     data_values,
     make_parser,
@@ -141,6 +142,18 @@ def fit(argv: list[str]) -> None:
     of_data = sections.get("data", {})
     add_data_options(parser, of_data)
     parser.add_argument(
+        "--info-bar",
+        type=Literal["auto", "none"],
+        default="auto",
+        help="auto leaves out the info bar at the bottom, by the vendor's tags or as it looks",
+    )
+    parser.add_argument(
+        "--intensity",
+        type=Literal["full", "percentile"],
+        default="full",
+        help="what black and white are: the full scale of 8 or 16 bits, or percentiles of all training images",
+    )
+    parser.add_argument(
         "--train-fraction", type=float, default=of_data.get("train_fraction", 1.0), help="share of the normals to use"
     )
     add_trainer_options(parser, sections.get("trainer", {}))
@@ -176,7 +189,7 @@ def fit(argv: list[str]) -> None:
     from zoo.fit import fit as run
 
     arguments = {name: options[name] for name in own}
-    data_options = {"train_fraction": options.train_fraction} | data_values(options)
+    data_options = {key: options[key] for key in ("train_fraction", "info_bar", "intensity")} | data_values(options)
     _, record = run(
         method,
         options.data,
@@ -253,6 +266,7 @@ def predict(argv: list[str]) -> None:
     parser.add_argument("--out", type=str | None, default=None, help="folder for the results")
     parser.add_argument("--batch-size", type=int, default=8, help="images of equal size scored at once")
     parser.add_argument("--skip-broken", action="store_true", help="go on after images that can't be read")
+    add_view_options(parser)
     add_run_options(parser, precision=None)
     options = parse(parser, argv)
     folder = hub.find_model(options.name)
@@ -262,15 +276,18 @@ def predict(argv: list[str]) -> None:
     if options.batch_size < 1:
         raise ZooError(f"--batch-size is at least 1, not {options.batch_size}.")
     images = find_images(options.paths, Path(options.out))
+    ignore = find_ignore(options.ignore, options.paths, images)
     model = hub.from_pretrained(folder)
-    rows = predict_files(
-        model, images, Path(options.out), options.batch_size, options.skip_broken, run_of(options, model.precision)
-    )
+    run = run_of(options, model.precision)
+    out, size = Path(options.out), options.batch_size
+    rows = predict_files(model, images, out, size, options.skip_broken, run, ignore, options.tile)
     found = sum(row["verdict"].startswith("anomalous") for row in rows)
     called = f"{found} called anomalous" if model.calibration else "without verdicts"
     print(f"Scored {len(rows)} images, {called}; results are in {options.out}.")
     if not model.calibration:
         print("The model has no threshold: its fit held no images out, or was stopped before it scored them.")
+    elif options.tile is not None and (options.tile or None) != model.view.tile:
+        print("The verdicts are uncalibrated: --tile is not that of the model, so its threshold is of other scores.")
     elif not model.calibration.calibrated:
         print("The verdicts are uncalibrated: the threshold comes from a few held-out normals, no rate is stated.")
 

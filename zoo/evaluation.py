@@ -1,7 +1,7 @@
 """Evaluate a model: score the test split, and keep record, card and per-image scores."""
 
 import time
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from zoo import checkpoint, record
 from zoo.cards import render_card
-from zoo.data import DataSpec, check_data, load_data
+from zoo.data import DataSpec, check_data, load_data, load_ignore
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import SEED, part_of_test
 from zoo.data.terms import terms_of
@@ -36,7 +36,7 @@ def evaluate(
         model: fitted.
         data: DATA specification.
         result: the fit's record, which the figures are added to.
-        data_options: fields of `DataOptions`.
+        data_options: fields of `DataOptions`; `resize` and `crop`, given together, replace those of the fit.
         bootstrap: how often the test images are drawn anew, for `intervals` of the metrics (`zoo.metrics.bootstrap`).
         part: of the test split: `val`, `held_out` (halves) or `full`; None takes what a selection has not seen.
 
@@ -53,7 +53,7 @@ def evaluate(
     if not all(spec.counts["test"]):
         missing = "normal" if not spec.counts["test"][0] else "anomalous"
         raise ZooError(f"--data {data} has no {missing} test images; metrics need both classes.")
-    options = DataOptions(**(model.view | (data_options or {})))
+    options, given = DataOptions(**(data_options or {})), data_options or {}
     chosen = model.selection is not None and model.selection["fingerprint"] == spec.origin
     if chosen and model.selection.get("test", spec.counts["test"]) != spec.counts["test"]:
         here, then = sum(spec.counts["test"]), sum(model.selection["test"])
@@ -71,9 +71,13 @@ def evaluate(
         )
     elif seen:
         run.say("The step was chosen on test images of other data; where the two share images, figures are too good.")
-    module = AnomalyDataModule(split, input_size=model.size, **asdict(options))
+    ignore = load_ignore(spec, options.ignore)
     start = time.perf_counter()
-    with quiet(), ending("evaluation"):
+    with quiet(), ending("evaluation"), model.seen_in_tiles(options.tile):
+        tile, view = model.view.tile, model.view
+        if "resize" in given:
+            view = replace(view, resize=given["resize"], crop=given["crop"], tile=None)
+        module = AnomalyDataModule(split, input_size=model.size, view=view, ignore=ignore, **options.loading())
         trainer = make_trainer(run)
         others = _by_other_scores(model, trainer, module)
         model.tables = [] if bootstrap else None
@@ -85,7 +89,7 @@ def evaluate(
     if unmarked := len(model.unmarked):
         run.say(f"{unmarked} of {anomalous} anomalous images have no defect pixel in their masks as they are scored.")
     ends = _intervals(model, metrics, bootstrap) if bootstrap else {}
-    result = {key: value for key, value in result.items() if key != "intervals"}  # of an evaluation before
+    result = {key: value for key, value in result.items() if key not in ("intervals", "tile")}  # of one before
     return result | {
         "method": model.method,
         "metrics": {key: round(value, 6) for key, value in metrics.items()},
@@ -96,8 +100,10 @@ def evaluate(
         | ({"unmarked": unmarked} if unmarked else {})
         | ({"half": "the half that the selection did not see"} if half else {})
         | ({"part": part} if part else {})
+        | ({"ignored": "what ignore masks cover"} if ignore else {})
         | ({"seen": "the weights were chosen on other data, which may share images"} if seen else {}),
-        "eval_size": [side, side] if (side := options.crop or options.resize) else "native",
+        "eval_size": [side, side] if (side := view.crop or view.resize) else "native",
+        **({"tile": tile} if tile else {}),
         "evaluation": {
             "seconds": round(time.perf_counter() - start, 2),
             "peak_memory_mb": record.peak_memory_mb(),

@@ -14,7 +14,7 @@ from datasets import DatasetDict
 from zoo import checkpoint, hub, ranks, record
 from zoo.calibration import default_calibration
 from zoo.callbacks import NotFinite
-from zoo.data import DataSpec, check_data, encoded, load_data, load_pairs
+from zoo.data import DataSpec, check_data, encoded, load_data, load_ignore, load_pairs
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import SEED, validation_half
 from zoo.errors import ZooError
@@ -30,6 +30,7 @@ from zoo.resume import Unfinished, checkpoint_to_resume
 from zoo.run import DataOptions, RunOptions, device_of, plan_training
 from zoo.trainer import ending, first_speaks, make_trainer, quiet, say_broken
 from zoo.training import kept, trained, training
+from zoo.view import LEAST_TILE, View
 
 LONG = 10  # batches: a longer fit is announced with the time and memory that it will take
 PIXEL_QUANTILE = 0.999
@@ -106,7 +107,8 @@ def fit(
     model.plan = asdict(plan) if plan else {}
     if plan and plan.accumulate > 1 and not model.automatic_optimization:
         raise ZooError(f"{method} takes several steps of its own on a batch; leave --accumulate out.")
-    model.view = {"resize": options.resize, "crop": options.crop}
+    if options.tile == 0:
+        raise ZooError(f"--tile is at least {LEAST_TILE} pixels, not 0; leave it out to fit on whole images.")
     by_metric = plan is not None and plan.select not in ("last", "normal")
     module = AnomalyDataModule(
         validation_half(load_data(spec), plan.select) if by_metric else _train_only(spec),
@@ -114,8 +116,12 @@ def fit(
         seed=model.hparams.seed,
         fingerprint=spec.fingerprint,
         use_defects=model.uses_defects,
-        **asdict(options),
+        view=View(options.resize, options.crop, tile=options.tile),
+        ignore=load_ignore(spec, options.ignore),
+        **options.loading(),
     )
+    model.view = module.look(options.info_bar, options.intensity)
+    _say_view(model.view, run)
     wanted = _takes_pairs(method) and not arguments.get("inpainting_pairs")
     own = wanted and _give_pairs(model, spec, module, run)
     needs = _announce(model, module, run, memory_limit)
@@ -150,7 +156,8 @@ def fit(
         "seed": model.hparams.seed,
         "precision": run.precision,
         "train_data": described(spec)
-        | {"images": module.num_train_images - defects, "defects": defects}
+        | {"images": module.num_images - defects, "defects": defects}
+        | ({"tiles": module.num_train_images} if options.tile else {})
         | {"held_out": len(heldout), "broken": len(module.broken)}
         | model.further_sources()
         | ({"pairs_of": spec.name} if own else {}),
@@ -196,8 +203,9 @@ def calibrate_on_heldout(
     tables, shift = [torch.zeros(0, 4, dtype=torch.int64, device=device)], PIXEL_SHIFT
     for groups in module.holdout_dataloader():
         for part in groups:
+            part = part.to(device)
             with model.autocast():
-                scores = model(part.image.to(device))
+                scores = model.score_images(part.image, part.roi)
             heldout += zip(part.name, scores.image.tolist(), strict=True)
             tables, shift = ranking.add(tables, shift, scores.map, torch.zeros_like(scores.map, dtype=torch.bool))
     heldout = ranks.gather_list(heldout)
@@ -214,6 +222,15 @@ def _quantiles(table: torch.Tensor, shares: Sequence[float]) -> list[float]:
     below = table[:, 1].cumsum(0)  # (n,)
     ranks = torch.tensor([math.ceil(share * int(below[-1])) for share in shares], device=table.device)
     return [ranking.key_score(key) for key in table[torch.searchsorted(below, ranks), 0].tolist()]
+
+
+def _say_view(view: View, run: RunOptions) -> None:
+    for height, width, rows in view.bars:
+        if rows:
+            run.say(f"An info bar, the last {rows} rows of images of {width} x {height}, is left out.")
+    if view.low is not None:
+        unit = "" if view.floats else " of the full scale"
+        run.say(f"Black is {view.low:.4g} and white {view.high:.4g}{unit}, from percentiles of the training images.")
 
 
 def _train_only(spec: DataSpec) -> DatasetDict:
@@ -249,10 +266,12 @@ def _announce(
     """
     rank, world, _ = launched()
     world = world if world > 1 else run.devices
-    images, held = module.num_train_images, len(module.holdout_set) or "none"
+    images, held = module.num_images, len(module.holdout_set) or "none"
     defects = module.num_defects if model.uses_defects else 0
     images -= defects
     about = f"Fitting {model.method} on {images} normal image{'s' * (images != 1)} ({held} held out)"
+    if module.view.tile:
+        about += f" in {module.num_train_images:,} tiles"
     if model.uses_defects and not defects:
         raise ZooError(
             "--supervised true needs labelled defects in train/<kind>, with masks in train_masks/<kind> or none."
@@ -262,7 +281,7 @@ def _announce(
     elif module.num_defects and not rank:
         cure = "; --supervised true learns from them" if "supervised" in model.hparams else ""
         run.say(f"Only normal images are learned from: {module.num_defects} labelled defects are left out{cure}.")
-    long = images >= LONG * module.batch_size
+    long = module.num_train_images >= LONG * module.batch_size
     if memory_limit and model.learns_by_gradient:
         raise ZooError("--memory-limit can't be reckoned for a method that learns by gradient; leave it out.")
     if rank or model.learns_by_gradient or not (long or memory_limit):

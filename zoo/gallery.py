@@ -15,6 +15,7 @@ from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import kind_of
 from zoo.module import AnomalyModule
+from zoo.view import View
 
 EACH, EACH_OF_ONE = 3, 12  # hits and misses of a kind of defect, at most; the same where there is one kind alone
 ONE_KIND = "defect"  # what it is called then
@@ -35,9 +36,7 @@ class Shown(NamedTuple):
         return np.zeros(self.map.shape, dtype=bool) if self.truth is None else self.truth
 
 
-def draw(
-    folder: Path, model: AnomalyModule, data: str, view: dict[str, int | None], threshold: float | None = None
-) -> None:
+def draw(folder: Path, model: AnomalyModule, data: str, view: View, threshold: float | None = None) -> None:
     """Write `figure1.png`, the galleries' pictures and their list, `pictures.json`, into a folder.
 
     Figure 1 shows of each kind of defect the image of median score, or of a single kind some over the quantiles of
@@ -47,7 +46,7 @@ def draw(
     Args:
         model: calibrated, on the device to use; `scored` are the images to choose from.
         data: DATA specification.
-        view: `resize` and `crop`, as the images were scored.
+        view: as the images were scored.
         threshold: image score from which on an image is called anomalous; None says nothing of it.
     """
     normals = sorted((score, name) for name, label, score in model.scored if not label)
@@ -118,16 +117,14 @@ def _file(number: int) -> str:
 
 
 @torch.inference_mode()
-def _scored_again(
-    model: AnomalyModule, data: str, view: dict[str, int | None], names: set[str]
-) -> Iterator[tuple[str, Shown]]:
+def _scored_again(model: AnomalyModule, data: str, view: View, names: set[str]) -> Iterator[tuple[str, Shown]]:
     """The named test images with their maps."""
     test = load_data(data)["test"]
     rows = [row for row, name in enumerate(test.with_format(None)["path"]) if name in names]
-    module = AnomalyDataModule(DatasetDict(train=test.select([]), test=test), **view)
+    module = AnomalyDataModule(DatasetDict(train=test.select([]), test=test), view=view)
     for part in map(module.test_image, rows):
         with model.autocast():
-            found = model(part.image.to(model.device)).map
+            found = model.score_images(part.image.to(model.device)).map
         image = part.image[0].movedim(0, -1).numpy()  # (H, W, C)
         truth = None if part.mask is None else part.mask[0, 0].numpy()
         image = image[..., 0] if image.shape[2] == 1 else image

@@ -105,6 +105,26 @@ def read_mask(
     return image > half
 
 
+def image_size(source: str | os.PathLike | bytes | dict | PIL.Image.Image | np.ndarray) -> tuple[int, int]:
+    """Height and width of an image as `read_image` would return it; of a file mostly from its head.
+
+    Raises:
+        ZooError: as `read_image`, as far as the head tells.
+    """
+    import PIL.Image
+
+    if isinstance(source, dict):
+        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
+    if isinstance(source, str | os.PathLike | bytes):
+        try:
+            with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                turned = image.getexif().get(274, 1) >= 5  # EXIF and TIFF: rows are columns
+                return image.size if turned else image.size[::-1]
+        except Exception:  # PIL doesn't know it: read_image does, or says what is wrong
+            pass
+    return read_image(source).shape[:2]
+
+
 def to_tensor(array: np.ndarray, name: object = None) -> torch.Tensor:
     """Scale a decoded image to [0, 1] by the full scale of its type: uint8 / 255, uint16 / 65535.
 

@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo import checkpoint, ranks
+from zoo.data.ignore import FOLDER as IGNORED
+from zoo.data.ignore import IgnoreMasks
 from zoo.errors import ZooError
-from zoo.image import EXTENSIONS, read_image, to_tensor
+from zoo.image import EXTENSIONS
 from zoo.run import RunOptions, device_of
 
 if TYPE_CHECKING:  # imported on use: paths are checked before torch is loaded
     from zoo.module import AnomalyModule
 
-MASK_FOLDERS = ("masks", "ground_truth")  # beside the images of a data set
+MASK_FOLDERS = ("masks", "ground_truth", "train_masks")  # beside the images of a data set
 COLUMNS = ("image", "score", "p_value", "is_anomalous", "verdict", "heatmap", "mask")
 
 
@@ -35,6 +37,7 @@ def find_images(paths: Sequence[str | Path], out: Path) -> dict[str, Path]:
             masks = (
                 MASK_FOLDERS if any((path / sibling).is_dir() for sibling in ("good", "bad", "train", "test")) else ()
             )
+            masks = (*masks, IGNORED)
             inside = {file: file.relative_to(path).parts for file in files}
             files = [f for f in files if inside[f][0] not in masks and not any(p[0] == "." for p in inside[f])]
             if not files:
@@ -52,8 +55,30 @@ def find_images(paths: Sequence[str | Path], out: Path) -> dict[str, Path]:
     return found
 
 
+def find_ignore(place: str | None, paths: Sequence[str | Path], images: dict[str, Path]) -> IgnoreMasks | None:
+    """The ignore masks that are asked for, else those in the folder `ignore` of the one folder that is scored.
+
+    Raises:
+        ZooError: as `IgnoreMasks`, and masks of which none fits an image.
+    """
+    if place is None and len(paths) == 1 and (Path(paths[0]) / IGNORED).is_dir():
+        place = Path(paths[0]) / IGNORED
+    if place is None:
+        return None
+    masks = IgnoreMasks(place)
+    masks.check(list(images))
+    return masks
+
+
 def predict_files(
-    model: "AnomalyModule", images: dict[str, Path], out: Path, batch_size: int, skip_broken: bool, run: RunOptions
+    model: "AnomalyModule",
+    images: dict[str, Path],
+    out: Path,
+    batch_size: int,
+    skip_broken: bool,
+    run: RunOptions,
+    ignore: IgnoreMasks | None = None,
+    tile: int | None = None,
 ) -> list[dict[str, Any]]:
     """Score files and write `heatmaps/`, `masks/`, predictions.csv and predictions.json into a folder.
 
@@ -63,6 +88,8 @@ def predict_files(
         images: as from `find_images`.
         batch_size: files read and scored together.
         skip_broken: list an image that can't be read with the reason, instead of stopping.
+        ignore: masks of what is not looked at, by the names of `images`.
+        tile: as for `AnomalyModule.predict`.
 
     Returns:
         One row an image, with the keys of `COLUMNS`, in the order of `images`.
@@ -80,7 +107,9 @@ def predict_files(
     failure: BaseException | None = None
     try:
         share = dict(list(images.items())[rank::world])
-        _predict_files(model, share, out, batch_size, broken if skip_broken else None, run.progress and not rank, rows)
+        left_out, progress = broken if skip_broken else None, run.progress and not rank
+        with model.seen_in_tiles(tile):
+            _predict_files(model, share, out, batch_size, ignore, left_out, progress, rows)
     except BaseException as error:  # whatever stops it, what was done is listed
         failure = error
     parts = ranks.gather((rows, broken, None if failure is None else str(failure) or repr(failure)))
@@ -109,6 +138,7 @@ def _predict_files(
     images: dict[str, Path],
     out: Path,
     batch_size: int,
+    ignore: IgnoreMasks | None,
     broken: list[str] | None,
     progress: bool,
     rows: dict[str, dict[str, Any]],
@@ -119,23 +149,24 @@ def _predict_files(
     from zoo import plots
 
     names = list(images)
-    chunks = [names[i : i + batch_size] for i in range(0, len(names), batch_size)]
+    size = 1 if model.view.tile else batch_size
+    chunks = [names[i : i + size] for i in range(0, len(names), size)]
     for chunk in track(chunks, "Scoring", disable=not progress):
-        arrays, inputs = {}, []
+        brought = {}
         for name in chunk:
             try:
-                array = read_image(images[name])
-                inputs.append(to_tensor(array, images[name]))
-                arrays[name] = array
+                brought[name] = model.bring(images[name], ignore.of(name) if ignore else None)
             except ZooError as error:
                 if broken is None:
                     raise ZooError(f"{str(error).rstrip('.')}; --skip-broken leaves it out") from error
                 broken.append(str(error))
-        for (name, array), prediction in zip(arrays.items(), model.predict(inputs), strict=True):
+        predictions = model.predict_brought(brought.values(), batch_size)
+        for (name, image), prediction in zip(brought.items(), predictions, strict=True):
             row = {"image": str(images[name]), "score": prediction.score, "p_value": prediction.p_value}
             row |= {"is_anomalous": prediction.is_anomalous, "verdict": prediction.verdict}
             row |= {"heatmap": f"heatmaps/{name}.png", "mask": None}
-            plots.save_png(out / row["heatmap"], plots.overlay(array, prediction.map, model.calibration))
+            shown = plots.overlay(model.view.shown(image.array), prediction.map, model.calibration)
+            plots.save_png(out / row["heatmap"], shown)
             if model.calibration:
                 row["mask"] = f"masks/{name}.png"
                 plots.save_png(out / row["mask"], plots.mask(prediction.map, model.calibration))

@@ -1,5 +1,8 @@
 """The one contract of all methods: images in, raw anomaly scores and maps out."""
 
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -12,10 +15,13 @@ from zoo import checkpoint, ranks
 from zoo.calibration import Calibration
 from zoo.cards import render_card
 from zoo.errors import ZooError
-from zoo.image import read_image, resize, to_tensor
+from zoo.image import read_mask, resize
 from zoo.learning import Batch, LearningModule
 from zoo.metrics import AnomalyMetrics
 from zoo.metrics.bootstrap import image_tables
+from zoo.sem import read_sem
+from zoo.tiles import by_tiles
+from zoo.view import View
 
 
 class Scores(NamedTuple):
@@ -25,15 +31,33 @@ class Scores(NamedTuple):
     map: Tensor
 
 
+class Brought(NamedTuple):
+    """One image of any source, decoded, and as the model sees it.
+
+    Attributes:
+        array: (H, W) or (H, W, 3), as it was read.
+        image: (C, h, w) in [0, 1]; h is less than H where an info bar is left out.
+        roi: region of interest (1, h, w) bool, or None for all of it.
+        pixel_nm: side of a pixel in nm, where the file tells.
+    """
+
+    array: np.ndarray
+    image: Tensor
+    roi: Tensor | None
+    pixel_nm: float | None
+
+
 class Prediction(NamedTuple):
     """What `predict` says of one image.
 
     Attributes:
         score: raw image score, higher = more anomalous.
-        map: raw anomaly map, float32 (H, W), at the image's own size.
+        map: raw anomaly map, float32 (H, W), at the image's own size; where nothing was looked at (info bar, ignore
+            mask) it has its lowest value.
         p_value: share of normal images that score as high; None until the model is calibrated.
         is_anomalous: the calibrated verdict; None until the model is calibrated.
         verdict: the same in words; before calibration it applies the fit's default threshold and says so.
+        pixel_nm: side of a pixel in nm, where the image's file tells.
     """
 
     score: float
@@ -41,6 +65,7 @@ class Prediction(NamedTuple):
     p_value: float | None = None
     is_anomalous: bool | None = None
     verdict: str = "no threshold"
+    pixel_nm: float | None = None
 
 
 class AnomalyModule(LearningModule):
@@ -74,7 +99,7 @@ class AnomalyModule(LearningModule):
         self.calibration: Calibration | None = None
         self.preset: str | None = None
         self.selection: dict[str, Any] | None = None  # metric, data, seed and size of what chose the weights
-        self.view: dict[str, int | None] = {"resize": None, "crop": None}  # of the data module, in preset original
+        self.view = View()
         self.metrics = AnomalyMetrics()
         self.scored: list[tuple[str, int, float]] = []  # (name, label, score) of the last validation or test
         self.unmarked: list[str] = []  # anomalous ones without a defect pixel in their masks, as scored
@@ -89,6 +114,14 @@ class AnomalyModule(LearningModule):
             images = images.expand(-1, 3, -1, -1) if self.channels == 3 else images.mean(1, keepdim=True)
         mean, std = (images.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return (images - mean) / std
+
+    def score_images(self, images: Tensor, roi: Tensor | None = None) -> Scores:
+        """`forward` of images (B, 1 or 3, H, W) as the view brings them: by tiles where they are larger than its tile.
+
+        Args:
+            roi: (B, 1, H, W) bool, region of interest; the score of an image doesn't look outside.
+        """
+        return self(images, roi) if self.view.tile is None else Scores(*by_tiles(self, images, roi, self.view.tile))
 
     # ---- validation and test -----------------------------------------------------------------------------------------
 
@@ -106,11 +139,12 @@ class AnomalyModule(LearningModule):
         if not self.is_fitted:  # Lightning validates within the first pass
             return
         for part in [batch] if isinstance(batch, Batch) else batch:  # a list: one batch for each image size
-            scores = self(part.image, part.roi)
+            scores = self.score_images(part.image, part.roi)
             self.metrics.update(scores.image, scores.map, part.label, part.mask, part.roi)
             self.scored += zip(part.name, part.label.tolist(), scores.image.tolist(), strict=True)
             if part.mask is not None:
-                empty = part.label.bool() & ~part.mask.flatten(1).any(1)
+                marked = part.mask if part.roi is None else part.mask & part.roi
+                empty = part.label.bool() & ~marked.flatten(1).any(1)
                 self.unmarked += [name for name, is_empty in zip(part.name, empty.tolist(), strict=True) if is_empty]
             if self.tables is not None:
                 self.tables += image_tables(scores.map, part.mask, part.roi)
@@ -133,35 +167,62 @@ class AnomalyModule(LearningModule):
 
     def predict_step(self, batch: Batch | list[Batch], index: int) -> list[Prediction]:
         parts = [batch] if isinstance(batch, Batch) else batch
-        return [prediction for part in parts for prediction in self._judge(self(part.image, part.roi))]
+        found = [(part, self.score_images(part.image, part.roi)) for part in parts]
+        return [prediction for part, scores in found for prediction in self._judge(scores, part.roi)]
 
     # ---- prediction --------------------------------------------------------------------------------------------------
 
-    @torch.inference_mode()
-    def predict(self, images: Any, batch_size: int = 8) -> Prediction | list[Prediction]:
+    def predict(
+        self, images: Any, batch_size: int = 8, ignore: Any = None, tile: int | None = None
+    ) -> Prediction | list[Prediction]:
         """Score images of any size and bit depth.
 
         Args:
             images: a path, PIL image, array (H, W) or (H, W, 3) of 8 or 16 bits, or tensor (C, H, W); a list of
                 these, or a stacked (N, ...) array or tensor, gives a list.
-            batch_size: images of equal size that go through the network at once.
+            batch_size: images of equal size that go through the network at once; of images in tiles it is one.
+            ignore: what is not to be looked at: a mask (H, W) for all images, or a list of one mask or None for each;
+                a mask is a bool array or whatever `zoo.image.read_mask` takes, white where to ignore.
+            tile: side in pixels of the tiles in which larger images are seen; None does as in the fit, 0 sees images as
+                a whole. Verdicts are uncalibrated where it is not that of the calibration.
 
         Raises:
             ZooError: an image that can't be read, named; a model that knows cropped images only (preset original).
         """
-        if self.view["crop"]:
+        many = list(images) if _is_many(images) else [images]
+        masks = ignore if isinstance(ignore, list | tuple) else [ignore] * len(many)
+        if len(masks) != len(many):
+            raise ZooError(f"ignore has {len(masks)} masks for {len(many)} images; give one or None for each.")
+        with self.seen_in_tiles(tile):
+            brought = (self.bring(image, mask) for image, mask in zip(many, masks, strict=True))
+            found = self.predict_brought(brought, batch_size)
+        return found if _is_many(images) else found[0]
+
+    def bring(self, source: Any, ignore: Any = None) -> Brought:
+        """One image of any source as the model sees it; arguments and errors are those of `predict`."""
+        if isinstance(source, Tensor):
+            source = _array_of(source)
+        sem = read_sem(source)
+        is_path = isinstance(source, str | Path)
+        ignored = ignore if ignore is None or _is_mask(ignore) else read_mask(ignore)
+        name = str(source) if is_path else "the image"
+        image, _, roi = replace(self.view, resize=None).see(sem.image, name, source, ignored=ignored)
+        return Brought(sem.image, image[0], None if roi is None else roi[0], sem.pixel_nm)
+
+    @torch.inference_mode()
+    def predict_brought(self, images: Iterable[Brought], batch_size: int = 8) -> list[Prediction]:
+        """Predictions of images that `bring` gave, of which as many as make a batch are held at once."""
+        if self.view.crop:
             raise ZooError("This model was fitted on cropped images, for parity runs; fit it with another preset.")
         self._require_fit()
-        if not _is_many(images):
-            return self.predict([images])[0]
         was_training = self.training
         self.eval()
         try:
             found: list[Prediction] = []
-            group: list[Tensor] = []
-            for source in images:
-                image = _as_image(source)
-                if group and (len(group) == batch_size or image.shape != group[0].shape):
+            group: list[Brought] = []
+            for image in images:
+                full = len(group) == (1 if self.view.tile else batch_size)
+                if group and (full or image.image.shape != group[0].image.shape):
                     found += self._predict(group)
                     group = []
                 group.append(image)
@@ -169,25 +230,49 @@ class AnomalyModule(LearningModule):
         finally:
             self.train(was_training)
 
+    @contextmanager
+    def seen_in_tiles(self, tile: int | None) -> Iterator[None]:
+        """Images are seen in other tiles than those of the fit for a while; the calibration doesn't hold then.
+
+        Args:
+            tile: side in pixels; None changes nothing, 0 sees images as a whole.
+        """
+        view, calibration = self.view, self.calibration
+        if tile is not None and (tile or None) != view.tile:
+            self.view = replace(view, tile=tile or None)
+            self.calibration = calibration and replace(calibration, calibrated=False)
+        try:
+            yield
+        finally:
+            self.view, self.calibration = view, calibration
+
     def _require_fit(self) -> None:
         if not self.is_fitted:
             raise ZooError(f"This {self.method} has learned nothing yet; fit it first.")
 
-    def _predict(self, group: list[Tensor]) -> list[Prediction]:
+    def _predict(self, group: list[Brought]) -> list[Prediction]:
         """Images of one shape."""
         if not group:
             return []
+        images, roi = torch.stack([one.image for one in group]), None
+        if any(one.roi is not None for one in group):
+            whole = torch.ones_like(images[0, :1], dtype=torch.bool)
+            roi = torch.stack([whole if one.roi is None else one.roi for one in group]).to(self.device)
         with self.autocast():
-            return self._judge(self(torch.stack(group).to(self.device)))
+            scores = self.score_images(images.to(self.device), roi)
+        found = self._judge(scores, roi, [len(one.array) for one in group])
+        return [one._replace(pixel_nm=brought.pixel_nm) for one, brought in zip(found, group, strict=True)]
 
     def autocast(self) -> torch.autocast:
         """The precision in which the model was fitted and calibrated, for a forward outside of a Trainer."""
         half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
         return torch.autocast(self.device.type, half, enabled=half is not None)
 
-    def _judge(self, scores: Scores) -> list[Prediction]:
-        maps = scores.map[:, 0].float().cpu().numpy()  # (B, H, W)
-        return [self._verdict(score, map) for score, map in zip(scores.image.tolist(), maps, strict=True)]
+    def _judge(self, scores: Scores, roi: Tensor | None, heights: Sequence[int] | None = None) -> list[Prediction]:
+        maps = scores.map[:, 0].float().cpu().numpy()  # (B, h, w)
+        inside = [None] * len(maps) if roi is None else roi[:, 0].cpu().numpy()  # (B, h, w)
+        whole = [_whole(*each) for each in zip(maps, inside, heights or [maps.shape[1]] * len(maps), strict=True)]
+        return [self._verdict(score, map) for score, map in zip(scores.image.tolist(), whole, strict=True)]
 
     def _verdict(self, score: float, map: np.ndarray) -> Prediction:
         if self.calibration is None:
@@ -221,7 +306,7 @@ class AnomalyModule(LearningModule):
                 "mean": list(self.mean),
                 "std": list(self.std),
                 "interpolation": "bilinear, antialias",
-                **self.view,
+                **asdict(self.view),
             },
             "precision": self.precision,
             "selection": self.selection,
@@ -232,7 +317,8 @@ class AnomalyModule(LearningModule):
     def take_config(self, config: dict[str, Any]) -> None:
         """Take up what `config` gave, after the weights are loaded."""
         self.preset, self.precision = config["preset"], config["precision"]
-        self.view = {key: config["preprocessing"][key] for key in ("resize", "crop")}
+        known = (field.name for field in fields(View))  # models of before have fewer
+        self.view = View(**{key: config["preprocessing"][key] for key in known if key in config["preprocessing"]})
         self.selection = config.get("selection")  # models of before there was a selection
         self.calibration = Calibration(**config["calibration"]) if config["calibration"] else None
         if hasattr(self, "features"):
@@ -276,13 +362,21 @@ def _is_many(images: Any) -> bool:
     return isinstance(images, np.ndarray) and images.ndim == 4
 
 
-def _as_image(source: Any) -> Tensor:
-    """Any one image -> float (1 or 3, H, W) in [0, 1]."""
-    if not isinstance(source, Tensor):
-        return to_tensor(read_image(source), source if isinstance(source, str | Path) else None)
-    if source.ndim == 2:
-        source = source[None]
-    if source.ndim != 3 or source.shape[0] not in (1, 3):
-        raise ZooError(f"An image tensor has shape (1 or 3, H, W), not {tuple(source.shape)}.")
-    source = source.detach().float() if source.is_floating_point() else source
-    return to_tensor(read_image(source.movedim(0, -1).cpu().numpy()))
+def _is_mask(mask: Any) -> bool:
+    return isinstance(mask, np.ndarray) and mask.dtype == bool
+
+
+def _array_of(image: Tensor) -> np.ndarray:
+    """A tensor (H, W) or (1 or 3, H, W) -> array (H, W, C), in [0, 1] or of its integers."""
+    image = image[None] if image.ndim == 2 else image
+    if image.ndim != 3 or image.shape[0] not in (1, 3):
+        raise ZooError(f"An image tensor has shape (1 or 3, H, W), not {tuple(image.shape)}.")
+    image = image.detach().float() if image.is_floating_point() else image
+    return image.movedim(0, -1).cpu().numpy()
+
+
+def _whole(map: np.ndarray, roi: np.ndarray | None, height: int) -> np.ndarray:
+    """The map (h, w) of what was looked at -> (H, w), with its lowest value everywhere else."""
+    lowest = map.min() if roi is None else map[roi].min()
+    map = map if roi is None else np.where(roi, map, lowest)
+    return map if len(map) == height else np.pad(map, ((0, height - len(map)), (0, 0)), constant_values=lowest)

@@ -31,10 +31,25 @@ def add_data_options(parser: Any, preset: dict[str, Any]) -> None:
         "--num-workers", type=int | None, default=None, help="decoding processes; null: none without a GPU"
     )
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read and list them")
+    add_view_options(parser)
+
+
+def add_view_options(parser: Any) -> None:
+    """How a model looks at images when it scores them."""
+    parser.add_argument(
+        "--tile", type=int | None, default=None, help="side of the tiles of larger images; null: as fitted, 0: none"
+    )
+    parser.add_argument(
+        "--ignore",
+        type=str | None,
+        default=None,
+        help="mask of what is not looked at, white, or a folder of masks named as the images are; null: the folder "
+        "ignore beside them, if there is one",
+    )
 
 
 def data_values(options: Any) -> dict[str, Any]:
-    return {key: options[key] for key in ("batch_size", "num_workers", "skip_broken")}
+    return {key: options[key] for key in ("batch_size", "num_workers", "skip_broken", "tile", "ignore")}
 
 
 def add_benchmark_options(parser: Any) -> None:

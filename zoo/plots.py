@@ -14,6 +14,7 @@ from skimage.segmentation import find_boundaries
 from zoo.calibration import Calibration
 
 COLOURS = colormaps["inferno"]  # perceptually uniform
+ROWS = 256  # coloured at once: colours take 32 bytes a pixel
 
 
 def grey8(image: np.ndarray) -> np.ndarray:
@@ -39,9 +40,13 @@ def heat(map: np.ndarray, calibration: Calibration | None) -> np.ndarray:
 def overlay(image: np.ndarray, map: np.ndarray, calibration: Calibration | None, opacity: float = 0.6) -> np.ndarray:
     """Heatmap over the image, uint8 (H, W, 3): the hotter, the more opaque."""
     level = heat(map, calibration)
-    colour = COLOURS(level)[..., :3] * 255  # (H, W, 3)
-    weight = opacity * level[..., None]
-    return ((1 - weight) * grey8(image) + weight * colour).astype(np.uint8)
+    pixels = grey8(image).copy()  # (H, W, 3)
+    for first in range(0, len(map), ROWS):
+        rows = slice(first, first + ROWS)
+        colour = COLOURS(level[rows])[..., :3] * 255
+        weight = opacity * level[rows, :, None]
+        pixels[rows] = (1 - weight) * pixels[rows] + weight * colour
+    return pixels
 
 
 def mask(map: np.ndarray, calibration: Calibration) -> np.ndarray:

@@ -31,7 +31,12 @@ class RunOptions:
 
 @dataclass
 class DataOptions:
-    """Options of the data module that a preset, the command line or a caller may set."""
+    """Options of the data module that a preset, the command line or a caller may set.
+
+    `resize`, `crop`, `info_bar`, `intensity` and `tile` make the `View` of a fit. A fitted model has its own, of which an
+    evaluation may set another `resize` and `crop` ("paper" protocol) or `tile` (0: whole images). `ignore` is a mask, or
+    a folder of masks, of what is not looked at.
+    """
 
     batch_size: int = BATCH
     num_workers: int | None = None
@@ -39,6 +44,14 @@ class DataOptions:
     resize: int | None = None
     crop: int | None = None
     skip_broken: bool = False
+    info_bar: str = "auto"
+    intensity: str = "full"
+    tile: int | None = None
+    ignore: str | None = None
+
+    def loading(self) -> dict[str, Any]:
+        """Those that the data module takes as they are."""
+        return {key: getattr(self, key) for key in ("batch_size", "num_workers", "train_fraction", "skip_broken")}
 
 
 def device_of(name: str) -> "torch.device":

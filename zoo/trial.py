@@ -10,6 +10,7 @@ import threading
 import time
 import traceback
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -31,6 +32,7 @@ from zoo.protocol import PAPER_SIZE, evaluate_by, load_last_weights
 from zoo.ranks import launched
 from zoo.reasons import SENTENCE, UNFORESEEN
 from zoo.run import RunOptions, device_of
+from zoo.view import View
 
 TIMED, WARMED = 20, 3  # images
 PATIENCE = 600  # seconds for a process that an earlier benchmark has left behind: it is about to end
@@ -99,15 +101,16 @@ def _fitted(job: dict[str, Any], out: Path, options: RunOptions) -> tuple[Anomal
     )
 
 
-def _view(job: dict[str, Any], model: AnomalyModule) -> dict[str, int | None]:
+def _view(job: dict[str, Any], model: AnomalyModule) -> View:
     """How images are brought before the model when it is evaluated."""
-    return {"resize": PAPER_SIZE, "crop": None} if job["protocol"] == "paper" else model.view
+    paper = replace(model.view, resize=PAPER_SIZE, crop=None, tile=None)
+    return paper if job["protocol"] == "paper" else model.view
 
 
 @torch.inference_mode()
 def _cost(job: dict[str, Any], model: AnomalyModule, place: Path) -> dict[str, Any]:
     """Median milliseconds of scoring one image that is in memory, alone in its batch; and the size of the weights."""
-    module = AnomalyDataModule(part_of_test(load_data(job["data"]), "full"), **_view(job, model))
+    module = AnomalyDataModule(part_of_test(load_data(job["data"]), "full"), view=_view(job, model))
     names, scored = module.test_set.with_format(None)["path"], {name for name, *_ in model.scored}
     rows = [row for row, name in enumerate(names) if name in scored]  # those that can be read
     images = [module.test_image(row).image.to(model.device) for row in rows[:TIMED]]
@@ -115,7 +118,7 @@ def _cost(job: dict[str, Any], model: AnomalyModule, place: Path) -> dict[str, A
     for image in [*images[:WARMED], *images]:
         begin = time.perf_counter()
         with model.autocast():
-            model(image).image.tolist()  # waits for the device
+            model.score_images(image).image.tolist()  # waits for the device
         seconds.append(time.perf_counter() - begin)
     return {
         "ms_per_image": round(1000 * statistics.median(seconds[len(images[:WARMED]) :]), 2),

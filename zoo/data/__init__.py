@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.checkpoint import write_text
 from zoo.data import folder, miic_layout, parquet, store, synthetic
+from zoo.data.ignore import FOLDER as IGNORED
+from zoo.data.ignore import IgnoreMasks
 from zoo.data.terms import show_terms
 from zoo.errors import ZooError
 from zoo.pairs import Pair
@@ -124,6 +126,21 @@ def encoded(spec: DataSpec, rows: "Dataset") -> list[Any]:
     """The images of some rows as files or bytes, those of a store as the files that it was made from."""
     source = _source(spec) if spec.kind == "store" else None
     return [source.path / name for name in rows["path"]] if source else rows["image"]
+
+
+def load_ignore(spec: DataSpec, place: str | None) -> IgnoreMasks | None:
+    """The ignore masks that are asked for, else those in a folder of images, else none.
+
+    Raises:
+        ZooError: as `IgnoreMasks`, and masks of which none fits an image of the set.
+    """
+    if place is None and spec.kind == "folder" and (spec.path / IGNORED).is_dir():
+        place = spec.path / IGNORED
+    if place is None:
+        return None
+    masks = IgnoreMasks(place)
+    masks.check([name for rows in load_data(spec).values() for name in rows.with_format(None)["path"]])
+    return masks
 
 
 def keep_source(spec: DataSpec, store_folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
@@ -10,14 +10,16 @@ import lightning as L
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from torch import Tensor
 
 from zoo.data.holdout import held_out
+from zoo.data.ignore import IgnoreMasks
 from zoo.data.loader import EpochLoader
 from zoo.data.rows import read_row
 from zoo.errors import ZooError
-from zoo.image import resize, resize_mask, to_tensor
+from zoo.image import resize, resize_mask
 from zoo.module import Batch
+from zoo.tiles import boxes
+from zoo.view import View, look_at, sample
 
 HOLDOUT_BATCH = 8  # at most: what was learned is in memory too by then, so the peak of a fit stays that of its pass
 
@@ -31,15 +33,16 @@ class AnomalyDataModule(L.LightningDataModule):
         batch_size: images a batch.
         num_workers: processes that decode; None takes them only where there is a GPU to feed.
         train_fraction: share of the training normals that is used, drawn by `seed`.
-        resize: side to which every image and mask is resized first; None keeps their own size.
-        crop: side of the central square that is then cut out; None cuts nothing.
+        view: how images are brought before the model; with tiles, the fit is given tiles of the training images.
+        ignore: masks of what is not looked at when images are scored; a fit sees all of its images.
         skip_broken: leave out images that can't be read (`broken` lists them) instead of stopping.
         use_defects: give the fit the labelled defects of the training split too; none of them is held out.
         seed: of the order of training images, the fraction and the held-out normals.
         fingerprint: of the data set; a fit that is resumed must have the same one.
 
     Attributes:
-        num_train_images: images that the fit sees.
+        num_images: images that the fit sees.
+        num_train_images: the same, or the number of their tiles.
         num_defects: labelled defects in the training split, used or not.
         broken: (name, reason) of each image that was left out.
     """
@@ -52,8 +55,8 @@ class AnomalyDataModule(L.LightningDataModule):
         batch_size: int = 32,
         num_workers: int | None = None,
         train_fraction: float = 1.0,
-        resize: int | None = None,
-        crop: int | None = None,
+        view: View | None = None,
+        ignore: IgnoreMasks | None = None,
         skip_broken: bool = False,
         use_defects: bool = False,
         seed: int = 0,
@@ -66,7 +69,7 @@ class AnomalyDataModule(L.LightningDataModule):
             raise ZooError("--batch-size is at least 1 and --num-workers at least 0.")
         self.input_size, self.batch_size, self.seed = input_size, batch_size, seed
         self.num_workers = (4 if torch.cuda.is_available() else 0) if num_workers is None else num_workers
-        self.resize, self.crop, self.fingerprint = resize, crop, fingerprint
+        self.view, self.ignore, self.fingerprint = view or View(), ignore, fingerprint
         self.broken: list[tuple[str, str]] = []
         train, self.test_set = data["train"], data["test"]
         labels = _labels(train)
@@ -83,34 +86,52 @@ class AnomalyDataModule(L.LightningDataModule):
         held = held_out(len(order))
         self.holdout_set = train.select(np.sort(order[:held]))
         self.train_set = train.select(np.sort(np.concatenate([order[held:], defects])))
-        self.num_train_images = len(self.train_set)
+        self.num_images = len(self.train_set)
+        self._train_items = self._items()
+
+    @property
+    def num_train_images(self) -> int:
+        return len(self._train_items)
+
+    def look(self, info_bar: str, intensity: str) -> View:
+        """Complete the view by what the training images show, see `zoo.view.look_at`."""
+        images = [self.train_set[row]["image"] for row in sample(self.num_images)]
+        self.view = look_at(self.view, images, info_bar, intensity)
+        self._train_items = self._items()
+        return self.view
+
+    def _items(self) -> "_Images | _Tiles":
+        """What the fit sees, one by one."""
+        images = _Images(self.train_set, self.view)
+        return _Tiles(images, self.view.tile) if self.view.tile else images
 
     def train_dataloader(self) -> EpochLoader:
         """Training normals, shuffled by (seed, epoch); images of unequal sizes are resized to `input_size`."""
         if not self.num_train_images:
             raise ZooError("There is no normal image to fit on; put some into train/good or good.")
-        return self._loader(self.train_set, self.batch_size, self._collate_train, self.seed)
+        return EpochLoader(self._train_items, self.batch_size, self._collate_train, self.seed, self.num_workers)
 
     def holdout_dataloader(self) -> EpochLoader:
         """Normals that the fit doesn't see, at their own size."""
-        return self._loader(self.holdout_set, min(HOLDOUT_BATCH, self.batch_size), group_by_shape)
+        return self._loader(self.holdout_set, min(HOLDOUT_BATCH, self.batch_size))
 
     def test_dataloader(self) -> EpochLoader:
         """The test split in order, at its own size."""
         if not len(self.test_set):
             raise ZooError("The data has no test images; add test/good and test/<kind>, or bad beside good.")
-        return self._loader(self.test_set, self.batch_size, group_by_shape)
+        return self._loader(self.test_set, self.batch_size)
 
     predict_dataloader = test_dataloader
 
     def test_image(self, row: int) -> Batch:
         """One image of the test split, at its own size, whatever the number of processes."""
-        return _Images(self.test_set, self.resize, self.crop)[row]
+        return _Images(self.test_set, self.view, self.ignore)[row]
 
-    def _loader(
-        self, dataset: Dataset, batch_size: int, collate: Callable[[list[Batch]], Any], seed: int | None = None
-    ) -> EpochLoader:
-        return EpochLoader(_Images(dataset, self.resize, self.crop), batch_size, collate, seed, self.num_workers)
+    def _loader(self, dataset: Dataset, batch_size: int) -> EpochLoader:
+        """Whole images to be scored, in order; those that are seen in tiles one by one, as they may be large."""
+        batch_size = 1 if self.view.tile else batch_size
+        images = _Images(dataset, self.view, self.ignore)
+        return EpochLoader(images, batch_size, group_by_shape, num_workers=self.num_workers)
 
     def state_dict(self) -> dict[str, str]:
         """What the order of the images depends on, for Lightning's checkpoints."""
@@ -129,7 +150,7 @@ class AnomalyDataModule(L.LightningDataModule):
             )
 
     def _identity(self) -> str:
-        about = [self.fingerprint, self.batch_size, self.seed, self.resize, self.crop]
+        about = [self.fingerprint, self.batch_size, self.seed, asdict(self.view)]
         about += self.train_set.with_format(None)["path"]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()
 
@@ -143,7 +164,7 @@ class AnomalyDataModule(L.LightningDataModule):
         return _stack(items)
 
     def _readable(self, dataset: Dataset) -> Dataset:
-        images, good = _Images(dataset, None, None), []
+        images, good = _Images(dataset, self.view), []
         for i in range(len(dataset)):
             try:
                 images[i]
@@ -156,8 +177,8 @@ class AnomalyDataModule(L.LightningDataModule):
 class _Images(torch.utils.data.Dataset):
     """Rows of a `datasets` object -> batches of one."""
 
-    def __init__(self, dataset: Dataset, resize: int | None, crop: int | None):
-        self.dataset, self.resize, self.crop = dataset, resize, crop
+    def __init__(self, dataset: Dataset, view: View, ignore: IgnoreMasks | None = None):
+        self.dataset, self.view, self.ignore = dataset, view, ignore
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -172,14 +193,36 @@ class _Images(torch.utils.data.Dataset):
 
     def _item(self, row: dict[str, Any]) -> Batch:
         array, mask, name = read_row(row)
-        image = to_tensor(array, name)[None]  # (1, C, H, W)
-        mask = None if mask is None else torch.from_numpy(mask)[None, None]  # (1, 1, H, W)
-        if self.resize is not None:
-            size = (self.resize, self.resize)
-            image, mask = resize(image, size), None if mask is None else resize_mask(mask, size)
-        if self.crop is not None:
-            image, mask = _center_crop(image, self.crop), None if mask is None else _center_crop(mask, self.crop)
-        return Batch(image, [row["path"]], torch.tensor([row["label"]]), mask)
+        ignored = self.ignore.of(name) if self.ignore else None
+        image, mask, roi = self.view.see(array, name, row["image"], mask, ignored)
+        return Batch(image, [name], torch.tensor([row["label"]]), mask, roi)
+
+
+class _Tiles(torch.utils.data.Dataset):
+    """Images -> batches of one tile each; tiles of an image overlap only as far as they must to cover it."""
+
+    def __init__(self, images: _Images, tile: int):
+        self.images, self.places = images, []  # (row, (rows, columns)) of each tile
+        for row, source in enumerate(images.dataset["image"]):
+            self.places += [(row, box) for box in boxes(images.view.size(source), tile, overlap=0)]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[Batch]:
+        """Of a batch at once, so that an image is decoded once for its tiles in it."""
+        images, wanted = {}, [self.places[index] for index in indices]
+        for row in sorted({row for row, _ in wanted}):
+            images[row] = self.images[row]
+        return [_cut(images[row], *box) for row, box in wanted]
+
+
+def _cut(item: Batch, rows: slice, columns: slice) -> Batch:
+    mask = None if item.mask is None else item.mask[..., rows, columns]
+    return item._replace(image=item.image[..., rows, columns], mask=mask)
 
 
 def _labels(dataset: Dataset) -> np.ndarray:
@@ -201,8 +244,12 @@ def _stack(items: list[Batch]) -> Batch:
         mask = torch.cat([empty if mask is None else mask for mask in masks])
     else:
         mask = None
+    roi = None
+    if any(item.roi is not None for item in items):
+        whole = torch.ones_like(items[0].image[:, :1], dtype=torch.bool)
+        roi = torch.cat([whole if item.roi is None else item.roi for item in items])
     names = [name for item in items for name in item.name]
-    return Batch(torch.cat([i.image for i in items]), names, torch.cat([i.label for i in items]), mask)
+    return Batch(torch.cat([i.image for i in items]), names, torch.cat([i.label for i in items]), mask, roi)
 
 
 def _masks_complete(items: list[Batch]) -> bool:
@@ -211,11 +258,3 @@ def _masks_complete(items: list[Batch]) -> bool:
 
 def _grey_to_colour(item: Batch) -> Batch:
     return item._replace(image=item.image.expand(-1, 3, -1, -1))
-
-
-def _center_crop(images: Tensor, size: int) -> Tensor:
-    """The central square of (1, C, H, W)."""
-    if size > min(images.shape[-2:]):
-        raise ZooError(f"A crop of {size} pixels doesn't fit into an image of {tuple(images.shape[-2:])}.")
-    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
-    return images[..., top : top + size, left : left + size]

@@ -15,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from zoo.data.ignore import FOLDER as IGNORED
 from zoo.data.rows import features
 from zoo.errors import ZooError
 from zoo.image import EXTENSIONS
@@ -47,6 +48,8 @@ def scan(root: str | os.PathLike) -> dict[str, list[Item]]:
     - Plain: `good`, optional `bad`, optional `masks/<stem>[_mask].<ext>`. With `bad`, a fifth of the normals is tested
       on and not trained on; which ones depends on each file's name only, so adding files moves no other.
     - Flat: images directly in the folder, all of them normal.
+
+    A folder `ignore` beside these holds masks of what is not looked at, see `zoo.data.ignore`.
 
     Subfolders are followed; hidden files and files that are no images by their suffix are skipped. No file is opened.
 
@@ -169,7 +172,7 @@ def _kinds(root: Path, split: str, truth: str) -> list[Item]:
 
 def _scan_plain(root: Path) -> dict[str, list[Item]]:
     for folder in _folders(root):
-        if folder not in ("good", "bad", "masks") and (found := _first_image(root, folder)):
+        if folder not in ("good", "bad", "masks", IGNORED) and (found := _first_image(root, folder)):
             raise ZooError(
                 f"{root / found} is in a folder that is none of good, bad and masks; move {folder} into "
                 f"{root / 'bad'} if it holds defects, or elsewhere"
@@ -195,7 +198,7 @@ def _scan_flat(root: Path) -> dict[str, list[Item]]:
     if (root / "Anomaly_train.rar").is_file():
         raise ZooError(f"{root} holds the archives of MIIC; unpack them: zoo data prepare miic:{root}")
     normals = [_normal(root, name) for name in _images(root, deep=False)]
-    folders = _folders(root)
+    folders = [folder for folder in _folders(root) if folder != IGNORED]
     found = next(filter(None, (_first_image(root, folder) for folder in folders)), None)
     if found and normals:
         raise ZooError(

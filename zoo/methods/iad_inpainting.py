@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.image import read_image, to_tensor
+from zoo.image import read_image
 from zoo.module import AnomalyModule, Batch, Scores
 from zoo.nn.dcgan import Decoder, Encoder, adversarial_loss, halvings, is_power_of_two
 from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
@@ -181,7 +181,7 @@ class IADInpainting(AnomalyModule):
 
     def read(self, image: Path | dict) -> Tensor:
         name = image["path"] if isinstance(image, dict) else image
-        return self.prepare(to_tensor(read_image(image), name)[None])  # (1, C, S, S)
+        return self.prepare(self.view.tensor(read_image(image), name)[None])  # (1, C, S, S)
 
     def rebuild(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, S, S) -> rebuilt ones, and the codes (B, latent, 1, 1) that they were rebuilt from."""
