@@ -55,9 +55,9 @@ def read_image(source: str | os.PathLike | bytes | dict | PIL.Image.Image | np.n
         data, where = source.get("bytes"), source.get("path")
         if data is None and where is None:
             raise ZooError('the image is a dict without "path" and "bytes"; give it one of the two')
-        image = _decode(data, str(where or "the image")) if data is not None else _read_file(where)
+        image = _decode(read_bytes(where) if data is None else data, str(where or "the image"))
     elif isinstance(source, str | os.PathLike):
-        image = _read_file(source)
+        image = _decode(read_bytes(source), os.fspath(source))
     elif isinstance(source, bytes | bytearray | memoryview):
         image = _decode(bytes(source), "the image")
     elif isinstance(source, PIL.Image.Image):
@@ -188,10 +188,11 @@ def _name(source: object) -> str:
     return str(source) if isinstance(source, str | os.PathLike) else getattr(source, "filename", "") or "the image"
 
 
-def _read_file(path: str | os.PathLike) -> np.ndarray:
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """The bytes of a file; ZooError where it is missing, a folder or not readable."""
     where = os.fspath(path)
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except FileNotFoundError:
         _fail(where, "does not exist; check the path")
     except IsADirectoryError:
@@ -199,7 +200,6 @@ def _read_file(path: str | os.PathLike) -> np.ndarray:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         _fail(where, f"cannot be read ({reason}); check the path and its permissions")
-    return _decode(data, where)
 
 
 def _decode(data: bytes, where: str) -> np.ndarray:
