@@ -11,6 +11,8 @@ from zoo.data.loader import EpochLoader
 from zoo.errors import ZooError
 from zoo.evaluation import evaluate
 from zoo.fit import fit
+from zoo.run import RunOptions
+from zoo.view import View
 
 TINY = {"preset": "lite", "arguments": {"input_size": 64, "dims": 10}}
 
@@ -177,7 +179,6 @@ def test_broken_image_is_left_out_and_listed(tmp_path):
         write(tmp_path / f"good/{i}.png", seed=i)
     (tmp_path / "good/3.png").write_bytes(b"no image")
     said = []
-    from zoo.run import RunOptions
 
     _, record = fit(
         "padim", str(tmp_path), "m", **TINY, data_options={"skip_broken": True}, run=RunOptions(say=said.append)
@@ -211,7 +212,7 @@ def test_16_bit_reaches_the_network(tmp_path):
 
 
 def test_preset_original_crops_image_and_mask(mvtec):
-    module = AnomalyDataModule(load_data(str(mvtec)), resize=64, crop=56)
+    module = AnomalyDataModule(load_data(str(mvtec)), view=View(resize=64, crop=56))
     for group in module.test_dataloader():
         for part in group:
             assert part.image.shape[-2:] == (56, 56) and (part.mask is None or part.mask.shape[-2:] == (56, 56))

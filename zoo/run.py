@@ -33,9 +33,9 @@ class RunOptions:
 class DataOptions:
     """Options of the data module that a preset, the command line or a caller may set.
 
-    `resize`, `crop`, `info_bar`, `intensity` and `tile` make the `View` of a fit. A fitted model has its own, of which an
-    evaluation may set another `resize` and `crop` ("paper" protocol) or `tile` (0: whole images). `ignore` is a mask, or
-    a folder of masks, of what is not looked at.
+    `resize`, `crop`, `info_bar`, `intensity` and `tile` make the `View` of a fit. A fitted model has its own, of which
+    an evaluation may set another `resize` and `crop` ("paper" protocol) or `tile` (0: whole images). `ignore` is a
+    mask, or a folder of masks, of what is not looked at.
     """
 
     batch_size: int = BATCH

@@ -175,7 +175,9 @@ def _zeiss(tags: dict, width: int) -> _Told:
 def _fei(tags: dict) -> _Told:
     """Metres; ResolutionY is the scan's height, to which the bar is added."""
     scan, image = tags.get("Scan", {}), tags.get("Image", {})
-    size = (int(image["ResolutionX"]), int(image["ResolutionY"])) if {"ResolutionX", "ResolutionY"} <= set(image) else None
+    size = (
+        (int(image["ResolutionX"]), int(image["ResolutionY"])) if {"ResolutionX", "ResolutionY"} <= set(image) else None
+    )
     strip = None if size else int(tags.get("PrivateFei", {}).get("DatabarHeight", 0))
     return _Told("FEI", _metres(scan.get("PixelWidth")), _metres(scan.get("PixelHeight")), size, strip)
 
@@ -331,7 +333,9 @@ def bar_of_set(sources: Iterable[Source], sample: int = SAMPLE) -> Bar:
     for one in seen:
         if one.size != seen[0].size:
             sides = [f"{x.name} is {x.size[1]} x {x.size[0]} pixels" for x in (seen[0], one)]
-            raise ZooError(f"images of several sizes have an info bar: {' and '.join(sides)}; fit one set for each size")
+            raise ZooError(
+                f"images of several sizes have an info bar: {' and '.join(sides)}; fit one set for each size"
+            )
     usual = int(np.median([one.rows for one in with_bar]))
     agree = [one for one in with_bar if abs(one.rows - usual) <= 2]
     others = [one for one in seen if one not in agree]

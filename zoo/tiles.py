@@ -1,17 +1,30 @@
-"""Large images in overlapping tiles: scored tile by tile, in memory that doesn't depend on the method, and blended."""
+"""Large images in overlapping tiles: scored some tiles at a time, whatever the image's size, and blended into one map.
+
+A network pads what lies beyond a tile's edge, so that its map is wrong there, as far as it sees. Two things keep that
+out of the result: where tiles overlap, their maps are blended with weights that fall to nothing at an edge; and the
+score of an image looks at each place in one tile alone, that in which it lies farther from an edge.
+"""
 
 import math
 from collections.abc import Callable
 from itertools import product
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-Box = tuple[slice, slice]  # rows and columns
-Scoring = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
-
 OVERLAP = 0.25  # of a tile's side, at least, between neighbours
 TILE_BATCH = 8  # tiles scored at once
+
+Scoring = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+class Tile(NamedTuple):
+    """Rows and columns in the image, and those of them, counted in the tile, that no other tile knows better."""
+
+    rows: slice
+    columns: slice
+    core: tuple[slice, slice]
 
 
 def corners(length: int, tile: int, overlap: float = OVERLAP) -> list[int]:
@@ -22,55 +35,70 @@ def corners(length: int, tile: int, overlap: float = OVERLAP) -> list[int]:
     return [round(i * (length - tile) / (count - 1)) for i in range(count)]
 
 
-def boxes(size: tuple[int, int], tile: int, overlap: float = OVERLAP) -> list[Box]:
-    """Rows and columns of the tiles of an image (H, W); a side that is shorter than a tile is taken whole."""
-    sides = [[slice(start, min(start + tile, length)) for start in corners(length, tile, overlap)] for length in size]
-    return list(product(*sides))
+def tiles_of(size: tuple[int, int], tile: int, overlap: float = OVERLAP) -> list[Tile]:
+    """The tiles of an image (H, W); a side that is shorter than a tile is taken whole."""
+    sides = []
+    for length in size:
+        starts, end = corners(length, tile, overlap), min(tile, length)
+        meet = [0, *((a + b + end) // 2 for a, b in zip(starts, starts[1:], strict=False)), length]  # mid-overlap
+        cores = [slice(meet[i] - start, meet[i + 1] - start) for i, start in enumerate(starts)]
+        sides.append([(slice(start, start + end), core) for start, core in zip(starts, cores, strict=True)])
+    return [Tile(rows, columns, (top, left)) for (rows, top), (columns, left) in product(*sides)]
 
 
 def by_tiles(score: Scoring, images: Tensor, roi: Tensor | None, tile: int) -> tuple[Tensor, Tensor]:
-    """Scores and maps of images that are seen in tiles.
+    """Scores and maps of images that are seen in tiles; an image that fits into one tile is scored as it is.
 
-    The score of an image is the highest of its tiles', those apart that the region of interest leaves out. The map is
-    the mean of the tiles' maps where they overlap, weighted by a ramp that falls to nothing at a tile's edge, for there
-    a network has seen padding instead of the image. An image that fits into one tile is scored as it is.
+    The score of an image is the highest of its tiles', each with its core as region of interest. The map is the mean of
+    the tiles' maps, weighted by a ramp over the overlap.
+
+    A map so made is that of the whole image (of a network that sees it at the same scale) wherever no tile edge is
+    within the network's field of view: with Lite0's strides of 8 and 16, as PatchCore and STFPM use it, from a quarter
+    of a tile of 256 pixels on to the rounding of float32, and nearer to an edge within a few percent of the map's
+    deviation in the mean (measured by `tests/bench/tiles.py`).
 
     Args:
-        score: (B, C, h, w) and region of interest (B, 1, h, w) or None -> scores (B,) and maps (B, 1, h, w).
+        score: images (B, C, h, w), region of interest (B, 1, h, w) bool or None -> scores (B,), maps (B, 1, h, w).
         images: (B, C, H, W).
         roi: (B, 1, H, W) bool or None.
         tile: side in pixels.
 
     Returns:
-        Scores (B,) and maps (B, 1, H, W), float32.
+        Scores (B,), -inf where the region of interest is empty, and maps (B, 1, H, W).
     """
     size = tuple(images.shape[-2:])
     if max(size) <= tile:
         return score(images, roi)
-    places = boxes(size, tile)
+    tiles = tiles_of(size, tile)
     regions = [None] * len(images) if roi is None else roi.split(1)
-    found = [_blended(score, image, region, places) for image, region in zip(images.split(1), regions, strict=True)]
+    found = [_blended(score, image, region, tiles) for image, region in zip(images.split(1), regions, strict=True)]
     scores, maps = zip(*found, strict=True)
     return torch.stack(scores), torch.cat(maps)
 
 
-def _blended(score: Scoring, image: Tensor, roi: Tensor | None, places: list[Box]) -> tuple[Tensor, Tensor]:
+def _blended(score: Scoring, image: Tensor, roi: Tensor | None, tiles: list[Tile]) -> tuple[Tensor, Tensor]:
     """Of one image (1, C, H, W): score () and map (1, 1, H, W)."""
-    total = image.new_zeros(1, 1, *image.shape[-2:])
-    weights = torch.zeros_like(total)
-    best = []
-    ramp = _ramp(image[0, :, *places[0]].shape[-2:]).to(total)  # all tiles have one size
-    for first in range(0, len(places), TILE_BATCH):
-        some = places[first : first + TILE_BATCH]
-        cut = torch.cat([image[..., rows, columns] for rows, columns in some])  # (b, C, h, w)
-        inside = None if roi is None else torch.cat([roi[..., rows, columns] for rows, columns in some])
-        scores, maps = score(cut, inside)
-        seen = torch.ones_like(scores, dtype=torch.bool) if inside is None else inside.flatten(1).any(1)
-        best.append(scores.masked_fill(~seen, -torch.inf).amax())
-        for (rows, columns), found in zip(some, maps, strict=True):
-            total[0, :, rows, columns] += ramp * found
-            weights[0, :, rows, columns] += ramp
-    return torch.stack(best).amax(), total.div_(weights)
+    total, weights = (image.new_zeros(image.shape[-2:]) for _ in range(2))  # (H, W)
+    best = [image.new_tensor(-torch.inf)]
+    ramp = None
+    for first in range(0, len(tiles), TILE_BATCH):
+        some = tiles[first : first + TILE_BATCH]
+        cut = torch.cat([image[..., tile.rows, tile.columns] for tile in some])  # (b, C, h, w)
+        core = torch.cat([_core(tile, cut, roi) for tile in some])  # (b, 1, h, w)
+        scores, maps = score(cut, core)
+        best += scores[core.flatten(1).any(1)].float()
+        ramp = _ramp(maps.shape[-2:]).to(total) if ramp is None else ramp  # all tiles have one size
+        for tile, found in zip(some, maps[:, 0], strict=True):
+            total[tile.rows, tile.columns] += ramp * found
+            weights[tile.rows, tile.columns] += ramp
+    return torch.stack(best).amax(), total.div_(weights)[None, None]
+
+
+def _core(tile: Tile, cut: Tensor, roi: Tensor | None) -> Tensor:
+    """The part (1, 1, h, w) of a tile that the score looks at."""
+    core = torch.zeros_like(cut[:1, :1], dtype=torch.bool)
+    core[0, 0, *tile.core] = True
+    return core if roi is None else core & roi[..., tile.rows, tile.columns]
 
 
 def _ramp(size: tuple[int, int]) -> Tensor:

@@ -179,7 +179,10 @@ def look_at(view: View, images: Sequence[Any], info_bar: str, intensity: str) ->
         sizes = defaultdict(list)
         for image in images:
             sizes[image_size(image)].append(image)
-        bars = [(*size, bar_of_set(found)) for size, found in sorted(sizes.items())]
+        try:
+            bars = [(*size, bar_of_set(found).rows) for size, found in sorted(sizes.items())]
+        except ZooError as error:
+            raise ZooError(f"{str(error).rstrip('.')}, or see all of them by --info-bar none.") from error
         view = replace(view, info_bar="auto", bars=tuple(bars))
     return view if intensity == "full" else _on_percentiles(view, images)
 

@@ -18,7 +18,7 @@ from zoo.data.rows import read_row
 from zoo.errors import ZooError
 from zoo.image import resize, resize_mask
 from zoo.module import Batch
-from zoo.tiles import boxes
+from zoo.tiles import Tile, tiles_of
 from zoo.view import View, look_at, sample
 
 HOLDOUT_BATCH = 8  # at most: what was learned is in memory too by then, so the peak of a fit stays that of its pass
@@ -202,9 +202,9 @@ class _Tiles(torch.utils.data.Dataset):
     """Images -> batches of one tile each; tiles of an image overlap only as far as they must to cover it."""
 
     def __init__(self, images: _Images, tile: int):
-        self.images, self.places = images, []  # (row, (rows, columns)) of each tile
+        self.images, self.places = images, []  # (row, tile)
         for row, source in enumerate(images.dataset["image"]):
-            self.places += [(row, box) for box in boxes(images.view.size(source), tile, overlap=0)]
+            self.places += [(row, place) for place in tiles_of(images.view.size(source), tile, overlap=0)]
 
     def __len__(self) -> int:
         return len(self.places)
@@ -217,12 +217,12 @@ class _Tiles(torch.utils.data.Dataset):
         images, wanted = {}, [self.places[index] for index in indices]
         for row in sorted({row for row, _ in wanted}):
             images[row] = self.images[row]
-        return [_cut(images[row], *box) for row, box in wanted]
+        return [_cut(images[row], place) for row, place in wanted]
 
 
-def _cut(item: Batch, rows: slice, columns: slice) -> Batch:
-    mask = None if item.mask is None else item.mask[..., rows, columns]
-    return item._replace(image=item.image[..., rows, columns], mask=mask)
+def _cut(item: Batch, tile: Tile) -> Batch:
+    mask = None if item.mask is None else item.mask[..., tile.rows, tile.columns]
+    return item._replace(image=item.image[..., tile.rows, tile.columns], mask=mask)
 
 
 def _labels(dataset: Dataset) -> np.ndarray:
