@@ -20,6 +20,7 @@ from zoo.methods import list_methods, method_id, presets, signature, summary
 from zoo.options import (
     add_benchmark_options,
     add_data_options,
+    add_info_bar_option,
     add_run_options,
     add_trainer_options,
     add_view_options,
@@ -141,12 +142,7 @@ def fit(argv: list[str]) -> None:
     sections = presets(method, preset or "paper224") if method else {}
     of_data = sections.get("data", {})
     add_data_options(parser, of_data)
-    parser.add_argument(
-        "--info-bar",
-        type=Literal["auto", "none"],
-        default="auto",
-        help="auto leaves out the info bar at the bottom, by the vendor's tags or as it looks",
-    )
+    add_info_bar_option(parser)
     parser.add_argument(
         "--intensity",
         type=Literal["full", "percentile"],
@@ -342,6 +338,7 @@ def data_prepare(argv: list[str]) -> None:
         "--size", type=int | list[int], default=224, help="side of the stored images, or [height, width]"
     )
     parser.add_argument("--out", type=str | None, default=None, help="folder of the store; null: under $ZOO_HOME")
+    add_info_bar_option(parser)
     parser.add_argument("--num-workers", type=int | None, default=None, help="threads; null: one a core")
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read and list them")
     options = parse(parser, argv)
@@ -351,7 +348,8 @@ def data_prepare(argv: list[str]) -> None:
     workers = len(os.sched_getaffinity(0)) if options.num_workers is None else options.num_workers
     if workers < 0:
         raise ZooError("--num-workers is at least 0.")
-    prepare_data(options.data, size, options.out, workers, options.skip_broken, sys.stderr.isatty())
+    skip_broken, progress = options.skip_broken, sys.stderr.isatty()
+    prepare_data(options.data, size, options.out, workers, skip_broken, progress, options.info_bar)
 
 
 def data_export(argv: list[str]) -> None:

@@ -36,7 +36,7 @@ def evaluate(
         model: fitted.
         data: DATA specification.
         result: the fit's record, which the figures are added to.
-        data_options: fields of `DataOptions`; `resize` and `crop`, given together, replace those of the fit.
+        data_options: fields of `DataOptions`; `resize`, with `crop` or none, replaces those of the fit.
         bootstrap: how often the test images are drawn anew, for `intervals` of the metrics (`zoo.metrics.bootstrap`).
         part: of the test split: `val`, `held_out` (halves) or `full`; None takes what a selection has not seen.
 
@@ -76,7 +76,7 @@ def evaluate(
     with quiet(), ending("evaluation"), model.seen_in_tiles(options.tile):
         tile, view = model.view.tile, model.view
         if "resize" in given:
-            view = replace(view, resize=given["resize"], crop=given["crop"], tile=None)
+            view = replace(view, resize=given["resize"], crop=given.get("crop"), tile=None)
         module = AnomalyDataModule(split, input_size=model.size, view=view, ignore=ignore, **options.loading())
         trainer = make_trainer(run)
         others = _by_other_scores(model, trainer, module)

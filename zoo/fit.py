@@ -225,9 +225,7 @@ def _quantiles(table: torch.Tensor, shares: Sequence[float]) -> list[float]:
 
 
 def _say_view(view: View, run: RunOptions) -> None:
-    for height, width, rows in view.bars:
-        if rows:
-            run.say(f"An info bar, the last {rows} rows of images of {width} x {height}, is left out.")
+    view.say_bars(run.say)
     if view.low is not None:
         unit = "" if view.floats else " of the full scale"
         run.say(f"Black is {view.low:.4g} and white {view.high:.4g}{unit}, from percentiles of the training images.")

@@ -7,6 +7,7 @@ goes through tifffile and 16-bit colour PNG is decoded in two halves; nothing he
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
@@ -111,18 +112,25 @@ def image_size(source: str | os.PathLike | bytes | dict | PIL.Image.Image | np.n
     Raises:
         ZooError: as `read_image`, as far as the head tells.
     """
-    import PIL.Image
-
     if isinstance(source, dict):
         source = source["bytes"] if source.get("bytes") is not None else source.get("path")
     if isinstance(source, str | os.PathLike | bytes):
-        try:
-            with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                turned = image.getexif().get(274, 1) >= 5  # EXIF and TIFF: rows are columns
-                return image.size if turned else image.size[::-1]
-        except Exception:  # PIL doesn't know it: read_image does, or says what is wrong
-            pass
+        with contextlib.suppress(Exception):  # a head that isn't known: read_image knows it, or says what is wrong
+            height, width, orientation = _head(io.BytesIO(source) if isinstance(source, bytes) else source)
+            return (width, height) if orientation >= 5 else (height, width)  # rows are columns
     return read_image(source).shape[:2]
+
+
+def _head(file: str | os.PathLike | io.BytesIO) -> tuple[int, int, int]:
+    """Height, width and orientation tag (1 to 8) as the head of a file has them."""
+    import PIL.Image
+    import tifffile
+
+    with contextlib.suppress(tifffile.TiffFileError), tifffile.TiffFile(file) as tiff:
+        page = tiff.pages[0]
+        return page.imagelength, page.imagewidth, page.tags.valueof(274, 1)
+    with PIL.Image.open(file) as image:
+        return image.height, image.width, image.getexif().get(274, 1)
 
 
 def to_tensor(array: np.ndarray, name: object = None) -> torch.Tensor:
@@ -150,7 +158,8 @@ def to_tensor(array: np.ndarray, name: object = None) -> torch.Tensor:
     elif array.size and not (array.min() >= 0 and array.max() <= 1):
         raise ZooError(
             f"{name or 'the float image'} has float values from {array.min():g} to {array.max():g} and no known "
-            "full scale; divide all images by one fixed constant so that they lie in [0, 1], or save them as 16-bit"
+            "full scale; fit with --intensity percentile, divide all images by one constant so that they lie in [0, 1], "
+            "or save them as 16-bit"
         )
     else:
         array = array.copy()

@@ -48,6 +48,15 @@ def add_view_options(parser: Any) -> None:
     )
 
 
+def add_info_bar_option(parser: Any) -> None:
+    parser.add_argument(
+        "--info-bar",
+        type=Literal["auto", "none"],
+        default="auto",
+        help="auto leaves out the info bar at the bottom, by the vendor's tags or as it looks",
+    )
+
+
 def data_values(options: Any) -> dict[str, Any]:
     return {key: options[key] for key in ("batch_size", "num_workers", "skip_broken", "tile", "ignore")}
 

@@ -52,10 +52,8 @@ def by_tiles(score: Scoring, images: Tensor, roi: Tensor | None, tile: int) -> t
     The score of an image is the highest of its tiles', each with its core as region of interest. The map is the mean of
     the tiles' maps, weighted by a ramp over the overlap.
 
-    A map so made is that of the whole image (of a network that sees it at the same scale) wherever no tile edge is
-    within the network's field of view: with Lite0's strides of 8 and 16, as PatchCore and STFPM use it, from a quarter
-    of a tile of 256 pixels on to the rounding of float32, and nearer to an edge within a few percent of the map's
-    deviation in the mean (measured by `tests/bench/tiles.py`).
+    A map so made is that of the whole image (of a network that sees it at the same scale) wherever no edge of a tile is
+    within the network's field of view. `tests/bench/tiles.py` measures how far that goes, and what is left nearer.
 
     Args:
         score: images (B, C, h, w), region of interest (B, 1, h, w) bool or None -> scores (B,), maps (B, 1, h, w).

@@ -7,7 +7,7 @@ image, but where the bar begins in one of a size that the set didn't have.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -77,6 +77,12 @@ class View:
             return known
         bar = len(array) if source is None else read_sem(source).bar
         return len(array) - (bar if bar < len(array) else find_bar(array))
+
+    def say_bars(self, say: Callable[[str], None]) -> None:
+        """Tell a line for each size of image with an info bar."""
+        for height, width, rows in self.bars:
+            if rows:
+                say(f"An info bar, the last {rows} rows of images of {width} x {height}, is left out.")
 
     def _known_rows(self, size: tuple[int, int]) -> int | None:
         if self.info_bar == "none":
@@ -180,7 +186,7 @@ def look_at(view: View, images: Sequence[Any], info_bar: str, intensity: str) ->
         for image in images:
             sizes[image_size(image)].append(image)
         try:
-            bars = [(*size, bar_of_set(found).rows) for size, found in sorted(sizes.items())]
+            bars = [(*size, int(bar_of_set(found).rows)) for size, found in sorted(sizes.items())]
         except ZooError as error:
             raise ZooError(f"{str(error).rstrip('.')}, or see all of them by --info-bar none.") from error
         view = replace(view, info_bar="auto", bars=tuple(bars))

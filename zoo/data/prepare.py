@@ -1,5 +1,6 @@
 """`zoo data prepare`: what it says, where the store goes, and when there is nothing to do."""
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any
@@ -8,11 +9,19 @@ from zoo import hub
 from zoo.data import archives, check_data, files_digest, keep_source, load_data, miic_folder, store, store_writer
 from zoo.data.miic_layout import FOLDERS
 from zoo.errors import ZooError
+from zoo.image import read_image
 from zoo.paths import user_path
+from zoo.view import View, look_at, sample
 
 
 def prepare_data(
-    data: str, size: tuple[int, int], out: str | None, workers: int, skip_broken: bool, progress: bool
+    data: str,
+    size: tuple[int, int],
+    out: str | None,
+    workers: int,
+    skip_broken: bool,
+    progress: bool,
+    info_bar: str = "auto",
 ) -> Path:
     """Make the store of a data set, unless it is there already.
 
@@ -20,6 +29,7 @@ def prepare_data(
         data: DATA specification.
         size: (height, width) of the stored images.
         out: folder of the store; None takes one under `$ZOO_HOME` that is named after the data.
+        info_bar: "auto" leaves info bars out, "none" keeps them.
 
     Returns:
         The folder, which is DATA from then on.
@@ -33,6 +43,10 @@ def prepare_data(
     if spec.kind == "store":
         raise ZooError(f"{data} is prepared already; use it as --data {data}.")
     source = {"name": spec.name, "fingerprint": spec.origin, "counts": spec.counts, "files": files_digest(spec)}
+    view = _look(load_data(spec)["train"], info_bar)
+    if any(rows for *_, rows in view.bars):
+        source["bars"] = [list(bar) for bar in view.bars]
+        view.say_bars(print)
     place = user_path(out) if out else hub.store_place(spec.name, spec.fingerprint, size)
     place = Path(os.path.realpath(place))  # a link stays one, whatever it leads to
     shape = size[0] if size[0] == size[1] else str(list(size)).replace(" ", "")
@@ -56,7 +70,14 @@ def prepare_data(
     with Progress(disable=not progress, transient=True) as bar:
         task = bar.add_task("Decoding", total=total)
         index = store_writer.prepare(
-            load_data(spec), source, place, size, workers, skip_broken, lambda done: bar.update(task, completed=done)
+            load_data(spec),
+            source,
+            place,
+            size,
+            workers,
+            skip_broken,
+            lambda done: bar.update(task, completed=done),
+            view,
         )
     keep_source(spec, place)
     _print_left_out(index)
@@ -67,6 +88,16 @@ def prepare_data(
     kept = sum(map(sum, index["counts"].values()))
     print(f"Stored {kept:,} images in {place}.\n{following}")
     return place
+
+
+def _look(rows: Any, info_bar: str) -> View:
+    """The info bars of a set's training images; what can't be read is told later, in its turn."""
+    images = []
+    for row in sample(len(rows)):
+        with contextlib.suppress(ZooError):
+            read_image(image := rows[row]["image"])
+            images.append(image)
+    return look_at(View(), images, info_bar, "full")
 
 
 def _print_left_out(index: dict[str, Any]) -> None:

@@ -33,6 +33,7 @@ from zoo.data.store import (
 )
 from zoo.errors import ZooError
 from zoo.paths import locked
+from zoo.view import View
 
 if TYPE_CHECKING:
     import datasets
@@ -73,6 +74,7 @@ def prepare(
     workers: int,
     skip_broken: bool = False,
     tick: Callable[[int], None] = lambda done: None,
+    view: View | None = None,
 ) -> dict[str, Any]:
     """Decode, check, resize and write a data set; a run that was killed goes on with the next block.
 
@@ -86,6 +88,7 @@ def prepare(
         workers: threads that decode.
         skip_broken: leave out images that can't be read, and list them.
         tick: told the images done so far.
+        view: leaves info bars out, of images and masks; its bars are part of `source` then.
 
     Returns:
         The index, as it was written, or as `find` finds it.
@@ -118,7 +121,7 @@ def prepare(
             stems = [partial / f"{split}-{i:05d}" for i in range(len(parts))]
             blocks[split] = [_finished(stem, skip_broken) for stem in stems]
             missing = [i for part, block in zip(parts, blocks[split], strict=True) if block is None for i in part]
-            decoded = _decoded(rows.select(missing), size, workers, skip_broken)
+            decoded = _decoded(rows.select(missing), view or View(), size, workers, skip_broken)
             for i, (stem, part) in enumerate(zip(stems, parts, strict=True)):
                 if blocks[split][i] is None:
                     blocks[split][i] = _write_block(stem, islice(decoded, len(part)))
@@ -238,7 +241,9 @@ def _save(path: Path, arrays: list[np.ndarray]) -> str:
     return sha256.hexdigest()
 
 
-def _decoded(rows: datasets.Dataset, size: tuple[int, int], workers: int, skip_broken: bool) -> Iterator[tuple]:
+def _decoded(
+    rows: datasets.Dataset, view: View, size: tuple[int, int], workers: int, skip_broken: bool
+) -> Iterator[tuple]:
     """(path, label, what `_shrink` makes of it or the reason why it can't be read), in order.
 
     Threads suffice: decoding and products of matrices let go of Python's lock, and nothing is copied between processes.
@@ -250,7 +255,7 @@ def _decoded(rows: datasets.Dataset, size: tuple[int, int], workers: int, skip_b
         try:
             for first in range(0, len(rows), step):
                 chunk = range(first, min(first + step, len(rows)))
-                ahead.append(pool.submit(_decode, rows, chunk, size, skip_broken))
+                ahead.append(pool.submit(_decode, rows, view, chunk, size, skip_broken))
                 if len(ahead) > max(block_size // step, workers):  # while a block is written
                     yield from ahead.popleft().result()
             while ahead:
@@ -259,12 +264,14 @@ def _decoded(rows: datasets.Dataset, size: tuple[int, int], workers: int, skip_b
             pool.shutdown(cancel_futures=True)
 
 
-def _decode(rows: datasets.Dataset, chunk: range, size: tuple[int, int], skip_broken: bool) -> list[tuple]:
+def _decode(rows: datasets.Dataset, view: View, chunk: range, size: tuple[int, int], skip_broken: bool) -> list[tuple]:
     columns, found = rows[chunk], []
     for values in zip(*columns.values(), strict=True):
         row = dict(zip(columns, values, strict=True))
         try:
-            item = _shrink(*read_row(row), size)
+            image, mask, name = read_row(row)
+            kept = slice(len(image) - view.bar_rows(image, row["image"]))  # rows above the info bar
+            item = _shrink(image[kept], None if mask is None else mask[kept], name, size)
         except ZooError as error:
             if not skip_broken:
                 raise ZooError(f"{str(error).rstrip('.')}; or leave such images out by --skip-broken.") from error

@@ -1,0 +1,365 @@
+"""What a model sees: images without their info bar, on their set's intensity scale, without what masks ignore."""
+
+import json
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image, ImageDraw
+from sklearn.metrics import average_precision_score, roc_auc_score
+
+from zoo.cli import main
+from zoo.data import load_data
+from zoo.data.datamodule import AnomalyDataModule
+from zoo.data.ignore import IgnoreMasks
+from zoo.errors import ZooError
+from zoo.evaluation import evaluate
+from zoo.fit import fit
+from zoo.hub import from_pretrained
+from zoo.image import image_size, read_image, resize
+from zoo.run import RunOptions
+from zoo.view import View, look_at
+
+TINY = {"preset": "lite", "arguments": {"input_size": 64, "dims": 10}}
+BAR = 40  # rows of the info bars below
+
+
+def pattern(rng, size=(280, 320)):
+    """A layout of lines with noise, 16 bits in the lower fifth of the scale, as a dim detector gives them."""
+    stripes = np.tile(np.where(np.arange(size[1]) % 16 < 8, 9000, 4000), (size[0], 1))
+    return np.clip(np.roll(stripes, rng.integers(16), axis=1) + rng.normal(0, 400, size), 0, 65535).astype(np.uint16)
+
+
+def with_bar(image, text="10.0kV x50.0k SE(M) 1.00um"):
+    """The image with a black info bar of text and scale below it."""
+    strip = Image.new("L", (image.shape[1], BAR), 0)
+    draw = ImageDraw.Draw(strip)
+    draw.text((8, 12), text, fill=255, font_size=16)
+    draw.line([(240, 20), (300, 20)], fill=255, width=2)
+    bar = np.asarray(strip).astype(np.float64) / 255 * np.iinfo(image.dtype).max
+    return np.vstack([image, bar.astype(image.dtype)])
+
+
+@pytest.fixture(scope="module")
+def tiffs(tmp_path_factory):
+    """A flat folder of 40 unlabelled 16-bit TIFFs with info bars; and one more normal image and a defect."""
+    root, rng = tmp_path_factory.mktemp("lot"), np.random.default_rng(0)
+    (root / "normal").mkdir()
+    for i in range(40):
+        tifffile.imwrite(root / f"normal/{i:02d}.tif", with_bar(pattern(rng)))
+    good, bad = pattern(rng), pattern(rng)
+    bad[100:140, 100:140] = 20000
+    tifffile.imwrite(root / "good.tif", with_bar(good))
+    tifffile.imwrite(root / "bad.tif", with_bar(bad))
+    return root
+
+
+@pytest.fixture(scope="module")
+def dim(tiffs):
+    """PaDiM on these, on the scale of their percentiles, and what the fit said."""
+    said = []
+    options = {"intensity": "percentile"}
+    model, record = fit("padim", str(tiffs / "normal"), **TINY, data_options=options, run=RunOptions(say=said.append))
+    return model, record, " ".join(said)
+
+
+# ---- info bars -------------------------------------------------------------------------------------------------------
+
+
+def test_the_bar_of_a_set_is_found_said_and_left_out(dim, tiffs):
+    model, record, said = dim
+    assert model.view.bars == ((280 + BAR, 320, BAR),)
+    assert f"the last {BAR} rows of images of 320 x {280 + BAR}, is left out" in said
+    module = AnomalyDataModule(load_data(str(tiffs / "normal")), view=model.view)
+    assert next(iter(module.train_dataloader())).image.shape[-2:] == (280, 320)
+
+
+def test_what_the_bar_says_does_not_matter(dim, tiffs, tmp_path):
+    model, image = dim[0], tifffile.imread(tiffs / "good.tif")
+    other = with_bar(image[:280], "5.0kV x90.0k BSE 400nm")
+    assert not np.array_equal(other, image)
+    found, again = model.predict([image, other])
+    assert found.score == again.score and np.array_equal(found.map, again.map)
+    assert found.map.shape == (280 + BAR, 320)
+    assert (found.map[280:] == found.map[:280].min()).all()
+
+
+def test_images_without_the_bar_and_of_another_size_are_seen_whole(dim, tiffs):
+    """The same content without its bar has the same score; a size that the set didn't have is looked at itself."""
+    image = tifffile.imread(tiffs / "bad.tif")
+    with_, without = dim[0].predict(image), dim[0].predict(image[:280])
+    assert with_.score == without.score and np.array_equal(with_.map[:280], without.map)
+    wider = with_bar(np.hstack([image[:280], image[:280]]))
+    assert (dim[0].predict(wider).map[280:] == dim[0].predict(wider).map.min()).all()
+
+
+def test_bars_can_be_kept(tiffs):
+    model, _ = fit("padim", str(tiffs / "normal"), **TINY, data_options={"info_bar": "none"})
+    image = tifffile.imread(tiffs / "good.tif")
+    other = with_bar(image[:280], "WWWWWWWWWWWWWWWWWWWW")
+    assert model.view.bars == () and model.predict(image).score != model.predict(other).score
+
+
+def test_masks_lose_the_rows_of_the_bar_too(tmp_path):
+    rng = np.random.default_rng(0)
+    for folder, count in (("good", 24), ("bad", 3)):
+        (tmp_path / folder).mkdir()
+        for i in range(count):
+            image = pattern(rng)
+            image[50:90, 60:100] += np.uint16(20000 * (folder == "bad"))
+            tifffile.imwrite(tmp_path / folder / f"{i}.tif", with_bar(image))
+    mask = np.zeros((280 + BAR, 320), np.uint8)
+    mask[50:90, 60:100] = 255
+    (tmp_path / "masks").mkdir()
+    for i in range(3):
+        Image.fromarray(mask).save(tmp_path / f"masks/{i}.png")
+    model, _ = fit("padim", str(tmp_path), **TINY)
+    metrics = evaluate(model, str(tmp_path))["metrics"]
+    test = load_data(str(tmp_path))["test"]
+    maps = np.concatenate([model.predict(row["image"]["path"]).map[:280].ravel() for row in test])
+    truth = np.concatenate([(mask[:280] > 0).ravel() & bool(row["label"]) for row in test])
+    assert metrics["pixel_auroc"] == pytest.approx(roc_auc_score(truth, maps), abs=1e-4)
+    assert metrics["pixel_ap"] == pytest.approx(average_precision_score(truth, maps), abs=1e-4)
+
+
+def test_mixed_sets_are_refused_with_both_ways_out(tmp_path):
+    rng = np.random.default_rng(0)
+    (tmp_path / "good").mkdir()
+    for i in range(40):
+        image = pattern(rng)
+        tifffile.imwrite(tmp_path / f"good/{i:02d}.tif", with_bar(image[:240]) if i % 2 else image)
+    with pytest.raises(ZooError, match=r"--info-bar none"):
+        fit("padim", str(tmp_path), **TINY)
+    model, _ = fit("padim", str(tmp_path), **TINY, data_options={"info_bar": "none"})
+    assert model.view.info_bar == "none"
+
+
+def test_built_in_images_have_no_bar():
+    images = [row["image"] for row in load_data("synthetic:train=32,good=1,defect=1")["train"]]
+    assert look_at(View(), images, "auto", "full").bars == ((256, 256, 0),)
+
+
+# ---- intensity -------------------------------------------------------------------------------------------------------
+
+
+def test_percentiles_are_those_of_all_pixels_above_the_bars(dim, tiffs):
+    model, _, said = dim
+    module = AnomalyDataModule(load_data(str(tiffs / "normal")), input_size=(64, 64))
+    pixels = np.concatenate([read_image(row["image"])[:280].ravel() / 65535 for row in module.train_set])
+    low, high = np.quantile(pixels, (0.001, 0.999))
+    margin = 0.1 * (high - low)  # of each side
+    assert model.view.low == pytest.approx(low - margin, rel=0.02)
+    assert model.view.high == pytest.approx(high + margin, rel=0.02)
+    assert "of the full scale, from percentiles" in said
+
+
+def test_the_scale_is_the_sets_and_never_an_images(dim):
+    """Twice as bright stays twice as bright, and what is beyond the scale is black or white."""
+    view = dim[0].view
+    values = np.array([[view.low, view.high, (view.low + view.high) / 2, 1.0]]) * 65535
+    seen = view.tensor(values.round().astype(np.uint16))[0, 0]
+    np.testing.assert_allclose(seen, [0, 1, 0.5, 1], atol=1e-3)
+    dark, bright = (view.tensor(np.full((8, 8), value, np.uint16)).mean() for value in (4000, 8000))
+    assert bright - dark == pytest.approx(4000 / 65535 / (view.high - view.low), rel=1e-4)
+
+
+def test_the_scale_is_stored_with_the_model(dim, tiffs, tmp_path):
+    model = dim[0]
+    model.save_pretrained(tmp_path / "m")
+    stored = json.loads((tmp_path / "m/config.json").read_text())["preprocessing"]
+    assert stored["low"] == model.view.low and stored["bars"] == [[320, 320, BAR]]
+    loaded = from_pretrained(tmp_path / "m")
+    assert loaded.view == model.view
+    assert loaded.predict(tiffs / "bad.tif").score == model.predict(tiffs / "bad.tif").score
+
+
+def test_a_model_of_before_there_were_views_still_loads(dim, tmp_path):
+    dim[0].save_pretrained(tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    for key in ("info_bar", "bars", "low", "high", "floats", "tile"):
+        del config["preprocessing"][key]
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    assert from_pretrained(tmp_path / "m").view == View()
+
+
+def float_folder(root, scale):
+    (root / "good").mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        tifffile.imwrite(root / f"good/{i}.tif", (pattern(rng, (96, 96)) * scale).astype(np.float32))
+    return str(root)
+
+
+def test_float_images_without_a_full_scale_need_percentiles(tmp_path):
+    data = float_folder(tmp_path / "counts", 0.5)
+    with pytest.raises(ZooError, match="--intensity percentile"):
+        fit("padim", data, **TINY)
+    model, _ = fit("padim", data, **TINY, data_options={"intensity": "percentile"})
+    assert model.view.floats and model.view.high > 1
+    image = tifffile.imread(tmp_path / "counts/good/0.tif")
+    assert np.isfinite(model.predict(image).score)
+    with pytest.raises(ZooError, match="float images without a full scale"):
+        model.predict(image.astype(np.uint16))
+    unit, _ = fit("padim", float_folder(tmp_path / "unit", 1 / 65535), **TINY)
+    assert not unit.view.floats and unit.view.low is None
+
+
+def test_what_percentiles_refuse(tmp_path):
+    grey = [np.full((64, 64), 77, np.uint8)] * 3
+    with pytest.raises(ZooError, match="single grey"):
+        look_at(View(), grey, "none", "percentile")
+    mixed = [
+        np.linspace(0, 9, 4096, dtype=np.float32).reshape(64, 64),
+        np.arange(4096, dtype=np.uint16).reshape(64, 64),
+    ]
+    with pytest.raises(ZooError, match="partly integers"):
+        look_at(View(), mixed, "none", "percentile")
+
+
+# ---- ignore masks ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def square(mvtec):
+    return fit("padim", str(mvtec), **TINY)[0]
+
+
+def ignore_file(path, rows=slice(0, 48), size=(96, 96)):
+    mask = np.zeros(size, np.uint8)
+    mask[rows] = 255
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(mask).save(path)
+    return str(path)
+
+
+def test_metrics_leave_out_what_is_ignored(square, mvtec, tmp_path):
+    """Against scikit-learn over the pixels that are left."""
+    place = ignore_file(tmp_path / "upper.png")
+    record = evaluate(square, str(mvtec), data_options={"ignore": place})
+    test = load_data(str(mvtec))["test"]
+    plain = [square.predict(row["image"]["path"]).map[48:].ravel() for row in test]
+    truth = [
+        (np.asarray(Image.open(row["mask"]["path"])) > 0)[48:].ravel() if row["mask"] else np.zeros(48 * 96)
+        for row in test
+    ]
+    expected = roc_auc_score(np.concatenate(truth).astype(bool), np.concatenate(plain))
+    assert record["metrics"]["pixel_auroc"] == pytest.approx(expected, abs=1e-4)
+    assert record["test_data"]["ignored"]
+    assert record["test_data"].get("unmarked", 0) == sum(
+        not t.any() for t, row in zip(truth, test, strict=True) if row["label"]
+    )
+
+
+def test_scores_do_not_look_at_what_is_ignored(square, mvtec):
+    path = next(row["image"]["path"] for row in load_data(str(mvtec))["test"] if row["label"])
+    mask = np.asarray(Image.open(str(mvtec / "ground_truth/square" / (path.split("/")[-1][:-4] + "_mask.png")))) > 0
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    hidden = np.zeros((96, 96), bool)
+    hidden[max(rows[0] - 16, 0) : rows[-1] + 17, max(columns[0] - 16, 0) : columns[-1] + 17] = True
+    whole, partly = square.predict(path), square.predict(path, ignore=hidden)
+    assert partly.score < whole.score and partly.map[hidden].max() == partly.map[~hidden].min()
+    assert np.array_equal(partly.map[~hidden], whole.map[~hidden])
+    several = square.predict([path, path], ignore=[None, hidden])
+    assert [p.score for p in several] == pytest.approx([whole.score, partly.score], rel=1e-5)
+
+
+def test_masks_by_name_and_the_folder_beside_the_images(square, mvtec, tmp_path):
+    """A mask of each image's name; a folder `ignore` in the data needs no option."""
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(mvtec, data)
+    for i in range(3):
+        ignore_file(data / f"ignore/test/square/{i:03d}_mask.png", slice(0, 96 - 8 * i)) if i else None
+    found = evaluate(square, str(data))
+    by_hand = evaluate(square, str(mvtec), data_options={"ignore": str(data / "ignore")})
+    assert found["metrics"] == by_hand["metrics"] != evaluate(square, str(mvtec))["metrics"]
+    masks = IgnoreMasks(data / "ignore")
+    assert masks.of("test/square/001.png").sum() == 88 * 96 and masks.of("test/square/000.png") is None
+
+
+def test_the_default_threshold_is_of_what_is_looked_at(mvtec, tmp_path):
+    whole = fit("padim", str(mvtec), **TINY)[0].calibration
+    half = fit("padim", str(mvtec), **TINY, data_options={"ignore": ignore_file(tmp_path / "upper.png")})[0].calibration
+    assert all(a <= b for a, b in zip(half.scores, whole.scores, strict=True)) and half.scores != whole.scores
+
+
+def test_what_ignore_masks_refuse(square, mvtec, tmp_path):
+    image = str(next((mvtec / "test/good").iterdir()))
+    with pytest.raises(ZooError, match="no such file or folder"):
+        IgnoreMasks(tmp_path / "nothing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ZooError, match="holds no masks"):
+        IgnoreMasks(tmp_path / "empty")
+    ignore_file(tmp_path / "twice/a.png"), ignore_file(tmp_path / "twice/a_mask.png")
+    with pytest.raises(ZooError, match="masks of one image"):
+        IgnoreMasks(tmp_path / "twice")
+    ignore_file(tmp_path / "others/x/y.png")
+    with pytest.raises(ZooError, match="no mask there fits"):
+        evaluate(square, str(mvtec), data_options={"ignore": str(tmp_path / "others")})
+    with pytest.raises(ZooError, match="another size than its image"):
+        square.predict(image, ignore=np.zeros((50, 96), bool))
+    with pytest.raises(ZooError, match="leaves nothing to look at"):
+        square.predict(image, ignore=np.ones((96, 96), bool))
+    with pytest.raises(ZooError, match="1 masks for 2 images"):
+        square.predict([image, image], ignore=[None])
+
+
+# ---- files and the command line --------------------------------------------------------------------------------------
+
+
+def test_the_size_of_a_file_is_that_of_what_is_read(tmp_path):
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 255, (40, 56), dtype=np.uint8)
+    Image.fromarray(grey).save(tmp_path / "a.png")
+    Image.fromarray(grey).save(tmp_path / "a.bmp")
+    exif = Image.Exif()
+    exif[274] = 6  # turned by a right angle
+    Image.fromarray(grey).save(tmp_path / "a.jpg", exif=exif)
+    tifffile.imwrite(tmp_path / "a.tif", grey.astype(np.uint16) * 257)
+    tifffile.imwrite(tmp_path / "b.tif", np.float32(grey))
+    tifffile.imwrite(tmp_path / "c.tif", grey, extratags=[(274, "H", 1, 8, True)])
+    for path in tmp_path.iterdir():
+        assert image_size(path) == read_image(path).shape[:2], path
+        assert image_size({"path": None, "bytes": path.read_bytes()}) == read_image(path).shape[:2]
+    assert image_size(grey) == (40, 56) and image_size(tmp_path / "a.jpg") == (56, 40)
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nnothing")
+    with pytest.raises(ZooError, match="damaged"):
+        image_size(tmp_path / "broken.png")
+
+
+def test_predict_writes_whole_maps_and_takes_masks_and_tiles(tiffs, tmp_path, zoo_home, capsys):
+    data = str(tiffs / "normal")
+    fit_ = ["fit", "padim", "--preset", "lite", "--data", data, "--name", "m", "--input-size", "64", "--dims", "10"]
+    assert main([*fit_, "--intensity", "percentile"]) == 0
+    out = tmp_path / "out"
+    assert main(["predict", "m", str(tiffs / "bad.tif"), str(tiffs / "good.tif"), "--out", str(out)]) == 0
+    rows = {row["image"].split("/")[-1]: row for row in json.loads((out / "predictions.json").read_text())["images"]}
+    assert rows["bad.tif"]["score"] > rows["good.tif"]["score"]
+    picture = np.asarray(Image.open(out / "heatmaps/bad.png"))
+    assert picture.shape == (280 + BAR, 320, 3)
+    assert picture[:280].mean() > 60  # shown on the scale of the set, not as the fifth of 16 bits that it is
+
+    ignore = ignore_file(tmp_path / "ignore.png", slice(90, 150), (280 + BAR, 320))
+    assert main(["predict", "m", str(tiffs / "bad.tif"), "--out", str(out), "--ignore", ignore]) == 0
+    (row,) = json.loads((out / "predictions.json").read_text())["images"]
+    assert row["score"] < rows["bad.tif"]["score"]
+    capsys.readouterr()
+    assert main(["predict", "m", str(tiffs / "bad.tif"), "--out", str(out), "--tile", "128"]) == 0
+    assert "--tile is not that of the model" in capsys.readouterr().out
+    assert main(["predict", "m", str(tiffs / "bad.tif"), "--out", str(out), "--tile", "7"]) == 2
+    assert "--tile is at least 32" in capsys.readouterr().err
+    assert main([*fit_, "--intensity", "minmax"]) == 2 and main([*fit_, "--info-bar", "top"]) == 2
+
+
+def test_zoo_data_prepare_leaves_the_bar_out(tiffs, tmp_path, zoo_home):
+    """A store keeps images without their bars; what a model sees of both is the same but for the resizing."""
+    assert main(["data", "prepare", str(tiffs / "normal"), "--size", "64", "--out", str(tmp_path / "store")]) == 0
+    stored = load_data(str(tmp_path / "store"))["train"]
+    row = stored[0]
+    image = read_image(load_data(str(tiffs / "normal"))["train"][0]["image"])[:280]
+    expected = resize(torch.from_numpy(image.astype(np.float32))[None, None], (64, 64))[0, 0].numpy()
+    np.testing.assert_allclose(np.asarray(read_image(row["image"]), dtype=np.float32), expected, atol=1)
+    again = ["data", "prepare", str(tiffs / "normal"), "--size", "64", "--out", str(tmp_path / "store")]
+    assert main(again) == 0 and main([*again, "--info-bar", "none"]) == 2
