@@ -152,6 +152,12 @@ def fit(argv: list[str]) -> None:
     parser.add_argument(
         "--train-fraction", type=float, default=of_data.get("train_fraction", 1.0), help="share of the normals to use"
     )
+    parser.add_argument(
+        "--hold-out",
+        type=int | None,
+        default=None,
+        help="normals to set aside for thresholds and `zoo calibrate`; null: a tenth, at least 20, at most a half",
+    )
     add_trainer_options(parser, sections.get("trainer", {}))
     add_run_options(parser, devices=True)
     parser.add_argument(
@@ -185,7 +191,7 @@ def fit(argv: list[str]) -> None:
     from zoo.fit import fit as run
 
     arguments = {name: options[name] for name in own}
-    data_options = {key: options[key] for key in ("train_fraction", "info_bar", "intensity")} | data_values(options)
+    data_options = {key: options[key] for key in ("train_fraction", "hold_out", "info_bar", "intensity")} | data_values(options)
     _, record = run(
         method,
         options.data,

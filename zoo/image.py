@@ -158,8 +158,8 @@ def to_tensor(array: np.ndarray, name: object = None) -> torch.Tensor:
     elif array.size and not (array.min() >= 0 and array.max() <= 1):
         raise ZooError(
             f"{name or 'the float image'} has float values from {array.min():g} to {array.max():g} and no known "
-            "full scale; fit with --intensity percentile, divide all images by one constant so that they lie in [0, 1], "
-            "or save them as 16-bit"
+            "full scale; fit with --intensity percentile, divide all images by one constant so that they lie in "
+            "[0, 1], or save them as 16-bit"
         )
     else:
         array = array.copy()

@@ -41,6 +41,7 @@ class DataOptions:
     batch_size: int = BATCH
     num_workers: int | None = None
     train_fraction: float = 1.0
+    hold_out: int | None = None
     resize: int | None = None
     crop: int | None = None
     skip_broken: bool = False
@@ -51,7 +52,8 @@ class DataOptions:
 
     def loading(self) -> dict[str, Any]:
         """Those that the data module takes as they are."""
-        return {key: getattr(self, key) for key in ("batch_size", "num_workers", "train_fraction", "skip_broken")}
+        names = ("batch_size", "num_workers", "train_fraction", "hold_out", "skip_broken")
+        return {key: getattr(self, key) for key in names}
 
 
 def device_of(name: str) -> "torch.device":

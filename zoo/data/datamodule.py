@@ -33,6 +33,7 @@ class AnomalyDataModule(L.LightningDataModule):
         batch_size: images a batch.
         num_workers: processes that decode; None takes them only where there is a GPU to feed.
         train_fraction: share of the training normals that is used, drawn by `seed`.
+        hold_out: normals that the fit doesn't see; None takes a tenth, at least 20, at most a half.
         view: how images are brought before the model; with tiles, the fit is given tiles of the training images.
         ignore: masks of what is not looked at when images are scored; a fit sees all of its images.
         skip_broken: leave out images that can't be read (`broken` lists them) instead of stopping.
@@ -55,6 +56,7 @@ class AnomalyDataModule(L.LightningDataModule):
         batch_size: int = 32,
         num_workers: int | None = None,
         train_fraction: float = 1.0,
+        hold_out: int | None = None,
         view: View | None = None,
         ignore: IgnoreMasks | None = None,
         skip_broken: bool = False,
@@ -83,7 +85,7 @@ class AnomalyDataModule(L.LightningDataModule):
             self.num_defects = len(defects)  # those that can be read
         order = normals[np.random.default_rng(seed).permutation(len(normals))]
         order = order[: max(1, round(train_fraction * len(normals)))]
-        held = held_out(len(order))
+        held = held_out(len(order), hold_out)
         self.holdout_set = train.select(np.sort(order[:held]))
         self.train_set = train.select(np.sort(np.concatenate([order[held:], defects])))
         self.num_images = len(self.train_set)
