@@ -280,28 +280,39 @@ def find_bar(image: np.ndarray) -> int:
 
 def _top_of_bar(part: np.ndarray, away: np.ndarray, near: float, same: float) -> int | None:
     """First row of the bar in the lowest rows of an image (R, W), from the distances to the bar's level (R, W)."""
-    ground = away <= near
-    share = ground.mean(axis=1)  # (R,)
+    ground, ink = away <= near, away > 0.2 * np.ptp(part)  # (R, W)
+    share = np.append(ground.mean(axis=1), 0)  # (R + 1,)
     middle = np.median(part, axis=1, keepdims=True)
-    line = (np.abs(part - middle) <= 2 * near).mean(axis=1) >= 0.95  # of one level, whatever it is
-    other = ~((share >= 0.35) | line)
-    above = np.flatnonzero(other[1:] & other[:-1])  # two rows of image
-    if len(above) == 0 or above[-1] + 4 >= len(part):
-        return None
-    top = above[-1] + 2
-    lines = int(np.argmin(np.append(line[top:] & (share[top:] < 0.35), False)))
-    if not lines:
-        top += int(np.diff(share[top - 1 : top + 3]).argmax())  # what is border and what ringing
-    first = top + lines
-    body, ink = share[first:], away[first:] > 0.2 * np.ptp(part)
-    if len(body) < LOWEST:
-        return None
-    margins = min(body[:2].max(), body[-max(len(body) // 6, 3) :].max()) >= 0.85
-    sharp = body[:2].max() - share[top - 1] >= (0.15 if lines else 0.4)
-    constant = (away[first:] <= same).mean() >= 0.4
-    text = 0.004 <= ink.mean() <= 0.5 and np.diff(ink, axis=1).sum(axis=1).max() >= 12
-    open_columns = (ground[first:].mean(axis=0) >= 0.1).mean() >= 0.97  # no line of a layout goes through to the end
-    return top if margins and sharp and constant and text and open_columns else None
+    line = (np.abs(part - middle) <= near).mean(axis=1) >= 0.95  # (R,) of one level
+    line &= np.median(ink, axis=1) > 0  # and not the bar's
+    clear = np.maximum(share[:-1], share[1:])
+    starts = (share[1:-1] >= 0.5) & (clear[1:] >= 0.9) & (line[:-1] | (clear[1:] - share[:-2] >= 0.2))
+    for first in np.flatnonzero(starts) + 1:
+        if _is_bar(ground[first:], ink[first:], away[first:] <= same, line[first:]):
+            return _edge(share, line & (np.abs(middle[:, 0] - middle[first - 1]) <= near), first)
+    return None
+
+
+def _edge(share: np.ndarray, line: np.ndarray, first: int) -> int:
+    """The row of the sharpest change at the first row of a bar's level, with the separating line above it."""
+    lines = int(np.argmin(np.append(line[:first][::-1], False)))
+    if 0 < lines <= max((len(line) - first) // 10, 3):  # what is thicker is image
+        return first - lines
+    return first + int(share[first + 1] - share[first] > share[first] - share[first - 1])
+
+
+def _is_bar(ground: np.ndarray, ink: np.ndarray, constant: np.ndarray, line: np.ndarray) -> bool:
+    """Whether rows (N, W) down to the image's end have the margin, the constant level and the text of a bar."""
+    share = ground.mean(axis=1)
+    return (
+        len(ground) >= LOWEST
+        and constant.mean() >= 0.4
+        and ((share >= 0.35) | line).mean() >= 0.95
+        and share[-max(len(share) // 6, 3) :].max() >= 0.85
+        and 0.004 <= ink.mean() <= 0.5
+        and (np.diff(ink, axis=1).sum(axis=1) >= 12).sum() >= max(4, 0.1 * len(ink))  # rows that cut through text
+        and (ground.mean(axis=0) >= 0.2).mean() >= 0.97  # no line of a layout goes through all
+    )
 
 
 def bar_of_set(sources: Iterable[Source], sample: int = SAMPLE) -> Bar:

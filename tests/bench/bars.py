@@ -38,15 +38,17 @@ def draw_bar(width, height, kind, ground=0, ink=255, seed=0):
     volts, far = rng.choice([1, 2, 5, 10]), rng.uniform(2, 9)
     fields = ["SE(U)", f"{volts}.0kV", f"WD {far:.1f}mm", f"x{rng.integers(10, 200)}k", f"2024-{rng.integers(10, 12)}-07"]
     lines = 1 if kind == "line of text" or height < 24 else 2
-    font = ImageFont.load_default(max(rng.uniform(0.5, 0.65) * height / lines, 6))
     margin = max(height // 8, 2)
     step = 0.68 * width / len(fields)
+    letters = max(rng.uniform(0.5, 0.65) * height / lines, 6)
+    widest = max(ImageFont.load_default(letters).getlength(field) for field in fields)
+    font = ImageFont.load_default(max(letters * min(0.95 * step / widest, 1), 5))
     for row in range(lines):
         y = margin + (height - 2 * margin) * (row + 0.5) / lines
         for i, field in enumerate(fields):
             x = margin + i * step
-            text = field if row == 0 or kind != "cells" else ["det", "HV", "WD", "mag", "date"][i]
-            if draw.textlength(text, font) < step:
+            text = field if row == 0 else ["det", "HV", "Lot A-12", "mag", "user"][i]
+            if draw.textlength(text, font) < step + 2:  # the narrowest bars hold some fields only
                 draw.text((x, y), text, ink, font, anchor="lm")
             if kind == "cells" and row == 0 and i:
                 draw.line([(x - margin, 0), (x - margin, height)], ink, 1)
@@ -76,7 +78,7 @@ def clipped(image, rng):
 
 
 def backgrounds(count, boards=(), seed=0):
-    """(name, image) for images without a bar, of all sizes in turn; every third one clipped."""
+    """(name, image) for images without a bar, of many sizes, some clipped; every third one a board."""
     for i in range(count):
         rng = np.random.default_rng([seed, i])
         size = SIZES[int(rng.choice(len(SIZES), p=[0.12, 0.15, 0.2, 0.2, 0.15, 0.12, 0.06]))]
@@ -94,7 +96,7 @@ def backgrounds(count, boards=(), seed=0):
             name, image = f"synthetic {style}", render(int(rng.integers(1 << 20)), size=size, style=style, bits=bits)[0]
         if rng.random() < 0.5:
             image = image[: round(0.75 * len(image))]
-        if i % 2:
+        if rng.random() < 0.4:
             name, image = f"{name}, clipped", clipped(image, rng)
         yield name, np.ascontiguousarray(image)
 
