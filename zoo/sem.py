@@ -30,6 +30,7 @@ SAMPLE = 16  # images of a set that are looked at for its bar
 TALLEST = 0.25  # of the image's height: what is higher is no info bar
 LOWEST = 7  # rows: below it no text can be read
 _NM = {"pm": 1e-3, "nm": 1.0, "um": 1e3, "µm": 1e3, "μm": 1e3, "mm": 1e6, "m": 1e9}
+_PHENOM_SIDE = r'<pixel(Width|Height)\s+unit="([^"]*)"\s*>\s*([^<\s]+)'
 _TEXT_BYTES = 1 << 16  # no text beside an image is longer
 
 
@@ -66,7 +67,7 @@ def read_sem(source: Source) -> Sem:
         source: as for `zoo.image.read_image`. Tags are read from paths and bytes, texts beside the image from paths.
 
     Returns:
-        Sem. `pixel_nm` is None where x and y differ by more than 0.5 % (tilt-corrected scans): no one number holds then.
+        Sem. `pixel_nm` is None where x and y differ by more than 0.5 % (tilt-corrected scans), as no one number holds.
         An image that its orientation tag turns has no bar from the tags, as these speak of the stored rows.
 
     Raises:
@@ -175,7 +176,9 @@ def _zeiss(tags: dict, width: int) -> _Told:
 def _fei(tags: dict) -> _Told:
     """Metres; ResolutionY is the scan's height, to which the bar is added."""
     scan, image = tags.get("Scan", {}), tags.get("Image", {})
-    size = (int(image["ResolutionX"]), int(image["ResolutionY"])) if {"ResolutionX", "ResolutionY"} <= set(image) else None
+    size = (
+        (int(image["ResolutionX"]), int(image["ResolutionY"])) if {"ResolutionX", "ResolutionY"} <= set(image) else None
+    )
     strip = None if size else int(tags.get("PrivateFei", {}).get("DatabarHeight", 0))
     return _Told("FEI", _metres(scan.get("PixelWidth")), _metres(scan.get("PixelHeight")), size, strip)
 
@@ -187,9 +190,6 @@ def _phenom(text: str) -> _Told | None:
         return None
     x, y = ((sides.get(axis) or [None])[0] for axis in ("Width", "Height"))
     return _Told("FEI", x, y, strip=int(strip[1]) if strip else None)
-
-
-_PHENOM_SIDE = r'<pixel(Width|Height)\s+unit="([^"]*)"\s*>\s*([^<\s]+)'
 
 
 def _tescan(text: str) -> _Told | None:
@@ -264,17 +264,17 @@ def find_bar(image: np.ndarray) -> int:
     Args:
         image: (H, W) or (H, W, 3), as `read_image` returns it.
     """
-    height = len(image)
-    part = image[-int(TALLEST * height) - 8 :]
+    height, width = image.shape[:2]
+    part = image[-int(TALLEST * height) - 1 :, :: max(width // 2048, 1)]
     part = (part if part.ndim == 2 else part.max(axis=2)).astype(np.float32)  # (R, W)
     levels, counts = np.unique(part[-max(4, height // 50) :], return_counts=True)
     away = np.abs(part - levels[counts.argmax()])
     whole = image.dtype == np.uint8
-    # JPEG rings around text and at the border: 12 levels; where these hold half of the image too, fewer
+    # JPEG rings around text and at the border: 12 levels; where these hold much of the image too, fewer
     for near in (12, 3, 0) if whole else (0,):
-        top = _top_of_bar(part, away, near, 1 if whole else 0)
-        if top is not None and LOWEST <= len(part) - top <= TALLEST * height:
-            return height - len(part) + top
+        top = _top_of_bar(part, away, near, same=1 if whole else 0)
+        if top is not None:
+            return int(height - len(part) + top)
     return height
 
 
@@ -283,8 +283,9 @@ def _top_of_bar(part: np.ndarray, away: np.ndarray, near: float, same: float) ->
     ground, ink = away <= near, away > 0.2 * np.ptp(part)  # (R, W)
     share = np.append(ground.mean(axis=1), 0)  # (R + 1,)
     middle = np.median(part, axis=1, keepdims=True)
-    line = (np.abs(part - middle) <= near).mean(axis=1) >= 0.95  # (R,) of one level
-    line &= np.median(ink, axis=1) > 0  # and not the bar's
+    apart = np.abs(part - middle)
+    line = ((apart <= near).mean(axis=1) >= 0.95) & ((apart <= same).mean(axis=1) >= 0.4)  # (R,) rows of one level,
+    line &= np.median(ink, axis=1) > 0  # which is not the bar's
     clear = np.maximum(share[:-1], share[1:])
     starts = (share[1:-1] >= 0.5) & (clear[1:] >= 0.9) & (line[:-1] | (clear[1:] - share[:-2] >= 0.2))
     for first in np.flatnonzero(starts) + 1:
@@ -342,15 +343,17 @@ def bar_of_set(sources: Iterable[Source], sample: int = SAMPLE) -> Bar:
     for one in seen:
         if one.size != seen[0].size:
             sides = [f"{x.name} is {x.size[1]} x {x.size[0]} pixels" for x in (seen[0], one)]
-            raise ZooError(f"images of several sizes have an info bar: {' and '.join(sides)}; fit one set for each size")
-    usual = int(np.median([one.rows for one in with_bar]))
+            raise ZooError(
+                f"images of several sizes have an info bar: {' and '.join(sides)}; fit one set for each size"
+            )
+    usual = sorted(one.rows for one in with_bar)[len(with_bar) // 2]
     agree = [one for one in with_bar if abs(one.rows - usual) <= 2]
     others = [one for one in seen if one not in agree]
     if any(one.told for one in others) or len(agree) < 0.75 * len(seen):
         one = others[0]
         raise ZooError(
-            f"the info bar is not the same in all images: {agree[0].name} has one of {agree[0].rows} rows and {one.name} "
-            f"{f'one of {one.rows}' if one.rows else 'none'}; fit one set for each"
+            f"the info bar is not the same in all images: {agree[0].name} has one of {agree[0].rows} rows and "
+            f"{one.name} {f'one of {one.rows}' if one.rows else 'none'}; fit one set for each"
         )
     return Bar(max(one.rows for one in agree), seen[0].size[0])
 
