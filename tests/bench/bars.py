@@ -200,6 +200,7 @@ def main():
         },
         "all": counts(rows),
         "large": counts(large),
+        "large_grey": counts([row for row in large if "boards" not in row["image"]]),
         "missed": sum(row["missed"] for row in rows),
         "wrong_row": sum(abs(row["off"]) > 1 and not row["missed"] for row in rows),
         **tally(rows, "rows", "image", "kind", "colour", "depth"),
