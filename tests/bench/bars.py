@@ -2,9 +2,10 @@
 
     python tests/bench/bars.py --boards FOLDER --out tests/bench/bars.json
 
-Bars of many kinds are drawn over normal images: the built-in synthetic set and, with --boards, DeepPCB (circuit boards,
-binarised optical pictures), cut to several shapes, plain and with clipped blacks and whites. The same images
-without a bar count the false finds, with blank, saturated and striped ones.
+Bars of many kinds are drawn over images: the built-in synthetic set, the photos that come with scikit-image and, with
+--boards, DeepPCB (circuit boards, binarised optical pictures), cut to several shapes, some with clipped blacks and
+whites. The same images without a bar count the false finds, with blank, saturated and striped ones and the photos, cut
+off at many rows.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import skimage.data
 from PIL import Image, ImageDraw, ImageFont
 
 from zoo.data.synthetic import STYLES, render
@@ -27,6 +29,7 @@ JPEG = (None, None, 95, 85, 70)  # None: as it is
 SIZES = (128, 256, 400, 512, 768, 1024, 2048)
 SHARES = (0.03, 0.15)  # of the height
 LOWEST = 10  # rows
+PHOTOS = sorted(p for p in Path(skimage.data.__file__).parent.iterdir() if p.suffix in (".png", ".jpg"))
 LARGE = 400  # rows from which 95 % must be found
 
 
@@ -36,17 +39,25 @@ def draw_bar(width, height, kind, ground=0, ink=255, seed=0):
     strip = Image.new("L", (width, height), ground)
     draw = ImageDraw.Draw(strip)
     volts, far = rng.choice([1, 2, 5, 10]), rng.uniform(2, 9)
-    fields = ["SE(U)", f"{volts}.0kV", f"WD {far:.1f}mm", f"x{rng.integers(10, 200)}k", f"2024-{rng.integers(10, 12)}-07"]
+    fields = [
+        "SE(U)",
+        f"{volts}.0kV",
+        f"WD {far:.1f}mm",
+        f"x{rng.integers(10, 200)}k",
+        f"2024-{rng.integers(10, 12)}-07",
+    ]
     lines = 1 if kind == "line of text" or height < 24 else 2
-    font = ImageFont.load_default(max(rng.uniform(0.5, 0.65) * height / lines, 6))
     margin = max(height // 8, 2)
     step = 0.68 * width / len(fields)
+    letters = max(rng.uniform(0.5, 0.65) * height / lines, 6)
+    widest = max(ImageFont.load_default(letters).getlength(field) for field in fields)
+    font = ImageFont.load_default(max(letters * min(0.95 * step / widest, 1), 5))
     for row in range(lines):
         y = margin + (height - 2 * margin) * (row + 0.5) / lines
         for i, field in enumerate(fields):
             x = margin + i * step
-            text = field if row == 0 or kind != "cells" else ["det", "HV", "WD", "mag", "date"][i]
-            if draw.textlength(text, font) < step:
+            text = field if row == 0 else ["det", "HV", "Lot A-12", "mag", "user"][i]
+            if draw.textlength(text, font) < step + 2:  # the narrowest bars hold some fields only
                 draw.text((x, y), text, ink, font, anchor="lm")
             if kind == "cells" and row == 0 and i:
                 draw.line([(x - margin, 0), (x - margin, height)], ink, 1)
@@ -75,16 +86,21 @@ def clipped(image, rng):
     return (np.clip((image - low) / max(high - low, 1), 0, 1) * top).astype(image.dtype)
 
 
+def grey(path):
+    return np.asarray(Image.open(path).convert("L"))
+
+
 def backgrounds(count, boards=(), seed=0):
-    """(name, image) for images without a bar, of all sizes in turn; every third one clipped."""
+    """(name, image) for images without a bar, of many sizes, some clipped; a quarter boards, a quarter photos."""
     for i in range(count):
         rng = np.random.default_rng([seed, i])
         size = SIZES[int(rng.choice(len(SIZES), p=[0.12, 0.15, 0.2, 0.2, 0.15, 0.12, 0.06]))]
         bits = 16 if rng.random() < 0.3 else 8
-        if boards and i % 3 == 0:
-            name, image = "boards", np.asarray(Image.open(boards[i % len(boards)]).convert("L"))
-            if size < len(image):
-                y, x = rng.integers(0, len(image) - size + 1, 2)
+        files = {0: boards, 1: PHOTOS}.get(i % 4)
+        if files:
+            name, image = "boards" if files is boards else "photos", grey(files[i // 4 % len(files)])
+            if size < min(image.shape):
+                y, x = rng.integers(0, np.subtract(image.shape, size) + 1)
                 image = image[y : y + size, x : x + size]
             if rng.random() < 0.5:
                 image = image.T
@@ -94,7 +110,7 @@ def backgrounds(count, boards=(), seed=0):
             name, image = f"synthetic {style}", render(int(rng.integers(1 << 20)), size=size, style=style, bits=bits)[0]
         if rng.random() < 0.5:
             image = image[: round(0.75 * len(image))]
-        if i % 2:
+        if rng.random() < 0.4:
             name, image = f"{name}, clipped", clipped(image, rng)
         yield name, np.ascontiguousarray(image)
 
@@ -167,14 +183,24 @@ def main():
         plain = image if image.dtype != np.uint8 or i % 2 else through_jpeg(image, 90)
         clean[name] += 1
         false[name] += int(find_bar(plain) < len(plain))
-    for name, image in hard(options.count // 2):
+    ends = (
+        ("photos, cut", image[:end]) for image in map(grey, PHOTOS) for end in range(len(image) // 2, len(image), 9)
+    )
+    for name, image in (*hard(options.count // 2), *ends):
         clean[name] += 1
         false[name] += int(find_bar(image) < len(image))
     large = [row for row in rows if row["rows"].startswith("400")]
     report = {
-        "images": {"seed": 0, "bars": len(rows), "boards": len(boards), "without": sum(clean.values())},
+        "images": {
+            "seed": 0,
+            "bars": len(rows),
+            "boards": len(boards),
+            "photos": len(PHOTOS),
+            "without": sum(clean.values()),
+        },
         "all": counts(rows),
         "large": counts(large),
+        "large_grey": counts([row for row in large if "boards" not in row["image"]]),
         "missed": sum(row["missed"] for row in rows),
         "wrong_row": sum(abs(row["off"]) > 1 and not row["missed"] for row in rows),
         **tally(rows, "rows", "image", "kind", "colour", "depth"),
