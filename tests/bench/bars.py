@@ -168,13 +168,14 @@ def counts(rows):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=900)
+    parser.add_argument("--seed", type=int, default=1, help="the limits of find_bar were set while looking at 0")
     parser.add_argument("--boards", type=Path, help="folder of DeepPCB with train/good")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     boards = sorted((options.boards / "train/good").glob("*.jpg")) if options.boards else []
     rows, false, clean, seconds = [], Counter(), Counter(), 0.0
-    for i, (name, image) in enumerate(backgrounds(options.count, boards)):
-        whole, first, drawn = with_bar(image, i)
+    for i, (name, image) in enumerate(backgrounds(options.count, boards, options.seed)):
+        whole, first, drawn = with_bar(image, 1_000_000 * options.seed + i)
         start = time.perf_counter()
         row = find_bar(whole)
         seconds += time.perf_counter() - start
@@ -186,13 +187,13 @@ def main():
     ends = (
         ("photos, cut", image[:end]) for image in map(grey, PHOTOS) for end in range(len(image) // 2, len(image), 9)
     )
-    for name, image in (*hard(options.count // 2), *ends):
+    for name, image in (*hard(options.count // 2, options.seed), *ends):
         clean[name] += 1
         false[name] += int(find_bar(image) < len(image))
     large = [row for row in rows if row["rows"].startswith("400")]
     report = {
         "images": {
-            "seed": 0,
+            "seed": options.seed,
             "bars": len(rows),
             "boards": len(boards),
             "photos": len(PHOTOS),
