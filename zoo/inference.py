@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # imported on use: paths are checked before torch is loaded
     from zoo.module import AnomalyModule
 
 MASK_FOLDERS = ("masks", "ground_truth")  # beside the images of a data set
-COLUMNS = ("image", "score", "p_value", "is_anomalous", "verdict", "heatmap", "mask")
+COLUMNS = ("image", "score", "p_value", "is_anomalous", "verdict", "num_regions", "heatmap", "mask")
 
 
 def find_images(paths: Sequence[str | Path], out: Path) -> dict[str, Path]:
@@ -65,7 +65,7 @@ def predict_files(
         skip_broken: list an image that can't be read with the reason, instead of stopping.
 
     Returns:
-        One row an image, with the keys of `COLUMNS`, in the order of `images`.
+        One row an image, with the keys of `COLUMNS` and `regions`, in the order of `images`.
 
     Raises:
         ZooError: a broken image, named; what was done before is written.
@@ -93,7 +93,7 @@ def predict_files(
         lines = [["" if row[key] is None else row[key] for key in COLUMNS] for row in done]
         checkpoint.write_text(out / "predictions.csv", checkpoint.csv_text(COLUMNS, lines))
         thresholds = model.calibration.to_dict() if model.calibration else {}
-        thresholds.pop("scores", None)
+        thresholds = {key: value for key, value in thresholds.items() if key not in ("scores", "levels")}
         report = {"method": model.method, "calibration": thresholds or None, "images": done}
         checkpoint.write_text(out / "predictions.json", checkpoint.dump(report))
     if failure is not None:
@@ -134,6 +134,9 @@ def _predict_files(
         for (name, array), prediction in zip(arrays.items(), model.predict(inputs), strict=True):
             row = {"image": str(images[name]), "score": prediction.score, "p_value": prediction.p_value}
             row |= {"is_anomalous": prediction.is_anomalous, "verdict": prediction.verdict}
+            regions = prediction.regions
+            row["regions"] = None if regions is None else [region.described() for region in regions]
+            row["num_regions"] = None if regions is None else len(regions)
             row |= {"heatmap": f"heatmaps/{name}.png", "mask": None}
             plots.save_png(out / row["heatmap"], plots.overlay(array, prediction.map, model.calibration))
             if model.calibration:

@@ -16,6 +16,7 @@ from zoo.image import read_image, resize, to_tensor
 from zoo.learning import Batch, LearningModule
 from zoo.metrics import AnomalyMetrics
 from zoo.metrics.bootstrap import image_tables
+from zoo.regions import Region, find_regions
 
 
 class Scores(NamedTuple):
@@ -34,6 +35,7 @@ class Prediction(NamedTuple):
         p_value: share of normal images that score as high; None until the model is calibrated.
         is_anomalous: the calibrated verdict; None until the model is calibrated.
         verdict: the same in words; before calibration it applies the fit's default threshold and says so.
+        regions: what reaches the calibrated pixel threshold, by falling peak; None until the model is calibrated.
     """
 
     score: float
@@ -41,6 +43,7 @@ class Prediction(NamedTuple):
     p_value: float | None = None
     is_anomalous: bool | None = None
     verdict: str = "no threshold"
+    regions: list[Region] | None = None
 
 
 class AnomalyModule(LearningModule):
@@ -133,7 +136,7 @@ class AnomalyModule(LearningModule):
 
     def predict_step(self, batch: Batch | list[Batch], index: int) -> list[Prediction]:
         parts = [batch] if isinstance(batch, Batch) else batch
-        return [prediction for part in parts for prediction in self._judge(self(part.image, part.roi))]
+        return [prediction for part in parts for prediction in self._judge(self(part.image, part.roi), part.roi)]
 
     # ---- prediction --------------------------------------------------------------------------------------------------
 
@@ -185,18 +188,23 @@ class AnomalyModule(LearningModule):
         half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
         return torch.autocast(self.device.type, half, enabled=half is not None)
 
-    def _judge(self, scores: Scores) -> list[Prediction]:
+    def _judge(self, scores: Scores, roi: Tensor | None = None) -> list[Prediction]:
         maps = scores.map[:, 0].float().cpu().numpy()  # (B, H, W)
-        return [self._verdict(score, map) for score, map in zip(scores.image.tolist(), maps, strict=True)]
+        inside = [None] * len(maps) if roi is None else roi[:, 0].cpu().numpy()
+        return [self._verdict(*parts) for parts in zip(scores.image.tolist(), maps, inside, strict=True)]
 
-    def _verdict(self, score: float, map: np.ndarray) -> Prediction:
+    def _verdict(self, score: float, map: np.ndarray, roi: np.ndarray | None = None) -> Prediction:
         if self.calibration is None:
             return Prediction(score, map)
         anomalous = score >= self.calibration.image_threshold
         words = "anomalous" if anomalous else "normal"
         if not self.calibration.calibrated:
             return Prediction(score, map, verdict=f"{words} (uncalibrated)")
-        return Prediction(score, map, self.calibration.p_value(score), anomalous, words)
+        counted = map if roi is None else np.where(roi, map, -np.inf)  # (H, W)
+        regions = find_regions(counted, self.calibration.pixel_threshold, self.calibration.min_area)
+        regions = [region._replace(p_value=self.calibration.region_p_value(region.level)) for region in regions]
+        verdict = f"{words} ({self.calibration.in_words(score)})"
+        return Prediction(score, map, self.calibration.p_value(score), anomalous, verdict, regions)
 
     # ---- keeping -----------------------------------------------------------------------------------------------------
 
