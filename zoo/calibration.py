@@ -55,8 +55,8 @@ class Calibration:
             raise ValueError("a score, level or threshold that is not finite")
         if self.scores != sorted(self.scores) or self.levels != sorted(self.levels):
             raise ValueError("scores and levels are ascending")
-        if self.false_alarm_rate is not None and len(self.levels) != len(self.scores):
-            raise ValueError("each image has a score and a level")
+        if self.calibrated and (self.false_alarm_rate is None or len(self.levels) != len(self.scores)):
+            raise ValueError("a calibration has a rate, and a level for each score")
 
     def p_value(self, score: float) -> float:
         """(1 + number of normals that score at least as high) / (n + 1), in (0, 1]."""
@@ -69,9 +69,7 @@ class Calibration:
     def in_words(self, score: float) -> str:
         """How many normals score at least as high; where none does, what n of them can tell."""
         n, above = len(self.scores), _at_least(self.scores, score)
-        return (
-            f"{above:,} of {n:,} normal images score as high" if above else f"fewer than 1 in {n + 1:,} normal images"
-        )
+        return f"{f'{above:,} of {n:,}' if above else f'fewer than 1 in {n + 1:,}'} normal images score as high"
 
     def promise(self) -> str:
         """The stated rate in words, once calibrated."""
