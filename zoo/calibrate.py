@@ -11,9 +11,9 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
+from rich.progress import track
 
 from zoo import checkpoint, ranks, record
 from zoo.calibration import Calibration, calibrated, check_normals, check_rate, default_calibration, restored
@@ -151,39 +151,50 @@ def _unseen(data: DatasetDict, spec: DataSpec, folder: Path | None, num_workers:
     seen, own = read_seen(folder) if folder else None, folder is not None and _is_own(spec, folder)
     if seen is None and own:
         raise ZooError(
-            f"The model was fitted on this data, and has no private/{FILE} to tell which; give other images."
+            f"The model was fitted on this data and has no private/{FILE} to tell on which images; give it others."
         )
     if seen is None:
         run.say(f"Whether the model has seen these images can't be checked: it has no private/{FILE}.")
     names, contents = seen or (set(), set())
-    parts, taken, repeated, known = [], set(), 0, []
+    parts, known, taken, repeated = [], [], set(), 0
     for rows in data.values():
-        rows = rows.select(np.flatnonzero(np.array(rows.with_format(None)["label"], dtype=int) == 0))
-        kept = []
-        paths, found = rows.with_format(None)["path"], digests(rows, num_workers)
-        for row, (name, content) in enumerate(zip(paths, found, strict=True)):
-            if own and name in names:
-                continue
-            if content in contents:
-                known.append(name)
-            elif content and content in taken:
-                repeated += 1
-            else:
-                taken.add(content)
-                kept.append(row)
+        rows = _normals(rows, names if own else set())
+        found = digests(rows, num_workers, run.progress)
+        known += [name for name, content in zip(_names(rows), found, strict=True) if content in contents]
+        fresh = [row for row, content in enumerate(found) if content not in contents]
+        kept = [row for row in fresh if _is_first(found[row], taken)]
         parts.append(rows.select(kept))
+        repeated += len(fresh) - len(kept)
     if known and not own:
         raise ZooError(
             f"{len(known):,} of these normal images had a say in the model's weights (such as {known[0]}): give images "
             "that it hasn't seen, or the fit's own --data, of which it takes what was held out."
         )
-    if not taken:
+    if not sum(map(len, parts)):
         raise ZooError(f"--data {spec.name} has no normal image that the model hasn't seen; add some.")
     if known:
         run.say(f"{len(known):,} images are left out: under other names, the fit or the selection has seen them.")
     if repeated:
         run.say(f"{repeated:,} images are copies of others; each counts once.")
     return _Unseen(parts, repeated, seen is not None)
+
+
+def _normals(rows: Dataset, seen: set[str]) -> Dataset:
+    """The normal images without those of these names."""
+    labels = rows.with_format(None)["label"]
+    pairs = zip(_names(rows), labels, strict=True)
+    return rows.select([i for i, (name, label) in enumerate(pairs) if not label and name not in seen])
+
+
+def _names(rows: Dataset) -> list[str]:
+    return rows.with_format(None)["path"]
+
+
+def _is_first(content: str, taken: set[str]) -> bool:
+    """Whether an image comes for the first time, as one that can't be read always does: scoring it will tell."""
+    is_first = not content or content not in taken
+    taken.add(content)
+    return is_first
 
 
 def _is_own(spec: DataSpec, folder: Path) -> bool:
@@ -198,8 +209,6 @@ def _module(rows: Dataset, model: AnomalyModule, options: DataOptions) -> Anomal
 
 def _shown(loaders: list[Iterable[list[Batch]]], run: RunOptions) -> Iterable[Batch]:
     """The batches of all, with a progress bar."""
-    from rich.progress import track
-
     total = sum(map(len, loaders))
     groups = track(chain.from_iterable(loaders), "Scoring normals", total=total, disable=not run.progress)
     return chain.from_iterable(groups)

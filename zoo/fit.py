@@ -163,7 +163,7 @@ def fit(
     if place is not None:
         start = time.perf_counter()
         select = plan.select if plan else None
-        private[seen.FILE] = seen.note(module, select, getattr(model, "pairs", []))
+        private[seen.FILE] = seen.note(module, select, getattr(model, "pairs", []), run.progress)
         seconds["seen"] = round(time.perf_counter() - start, 2)
     if plan is not None:
         result["configuration"]["trainer"] = asdict(plan)

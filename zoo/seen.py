@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
+from rich.progress import track
 
 from zoo import ranks
 from zoo.checkpoint import csv_text
@@ -46,13 +47,16 @@ def digest(image: np.ndarray) -> str:
     return found.hexdigest()
 
 
-def digests(rows: Dataset, num_workers: int = 0) -> list[str]:
+def digests(rows: Dataset, num_workers: int = 0, progress: bool = False) -> list[str]:
     """The digest of each row's image, "" for one that can't be read; processes of a run share the work."""
     loader = EpochLoader(_Digests(rows), BATCH, list, num_workers=num_workers)
-    return ranks.gather_list([found for batch in loader for found in batch])
+    batches = track(loader, "Reading images", disable=not progress)
+    return ranks.gather_list([found for batch in batches for found in batch])
 
 
-def note(module: AnomalyDataModule, select: str | None, pairs: Iterable[tuple[Any, Any]] = ()) -> str:
+def note(
+    module: AnomalyDataModule, select: str | None, pairs: Iterable[tuple[Any, Any]] = (), progress: bool = False
+) -> str:
     """What a fit notes of the images that it has seen, as the text of a CSV file.
 
     Args:
@@ -64,7 +68,7 @@ def note(module: AnomalyDataModule, select: str | None, pairs: Iterable[tuple[An
     lines = []
     for role, rows in ((LEARNED, module.train_set), (CHOSEN, module.test_set), (held, module.holdout_set)):
         names = rows.with_format(None)["path"]
-        found = digests(rows, module.num_workers)
+        found = digests(rows, module.num_workers, progress)
         lines += [(role, name, image) for name, image in zip(names, found, strict=True)]
     lines += [(LEARNED, "", digest(read_image(source))) for pair in pairs for source in pair]
     return csv_text(["role", "image", "digest"], lines)
