@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 import zoo
-from zoo.calibration import default_calibration
+from zoo.calibration import calibrated, default_calibration
 from zoo.errors import ZooError
 from zoo.fit import fit
 
@@ -67,17 +67,17 @@ def test_broken_file_is_named(model, tmp_path):
 
 
 def test_verdict_before_and_after_calibration(model, mvtec):
-    from dataclasses import replace
-
     prediction = model.predict(mvtec / "test/square/000.png")
     assert prediction.is_anomalous is None and prediction.p_value is None
     assert prediction.verdict == "anomalous (uncalibrated)"
     before = model.calibration
     try:
-        model.calibration = replace(before, calibrated=True)
+        levels = [score - 1 for score in before.scores]
+        model.calibration = calibrated(before.scores, levels, 0.2, before.pixel_median, 1, "32-true")
         prediction = model.predict(mvtec / "test/square/000.png")
-        assert prediction.is_anomalous is True and prediction.verdict == "anomalous"
-        assert prediction.p_value == pytest.approx(1 / (len(before.scores) + 1))
+        assert prediction.is_anomalous is True
+        assert prediction.verdict == "anomalous (fewer than 1 in 16 normal images score as high)"
+        assert prediction.p_value == prediction.regions[0].p_value == pytest.approx(1 / 16)
     finally:
         model.calibration = before
 

@@ -27,6 +27,18 @@ def test_costs_are_those_of_the_record():
     assert report["assumed_flops"] == cost.RATE and f"{cost.RATE / 1e12:g} TFLOP/s" in readme
 
 
+def test_false_alarms_are_those_of_the_record():
+    report = json.loads((ROOT / "tests/bench/false_alarms.json").read_text(encoding="utf-8"))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert ", ".join(f"`{method}`" for method in list(report["methods"])[:3]) in readme
+    draws = {n: [run["by_n"][n] for run in report["methods"].values()] for n in ("299", "1000")}
+    found = {n: [run[level]["exceeding"] for run in runs for level in ("image", "region")] for n, runs in draws.items()}
+    assert max(map(max, found.values())) <= 0.064 == report["limit"]  # 5 %, and two standard errors of 1,000 draws
+    found["quantile"] = [run["image, 99 % quantile"]["exceeding"] for runs in draws.values() for run in runs]
+    for exceeding in found.values():
+        assert f"{100 * min(exceeding):.1f} to {100 * max(exceeding):.1f} %" in readme
+
+
 def test_the_paragraph_on_the_papers_figures_is_that_of_the_table():
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert paper.ABOUT.replace("*", "\\*") in readme

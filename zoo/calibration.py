@@ -1,8 +1,20 @@
-"""From the scores of held-out normal images to thresholds, verdicts and p-values."""
+"""From the scores of normal images to thresholds with a stated false-alarm rate, verdicts and p-values.
+
+A calibrated threshold lies just above an order statistic of n normal images that nothing has learned from (Wilks,
+"Determination of sample sizes for setting tolerance limits", Ann. Math. Stat. 12, 1941). If more than a share `rate` of
+all normal images lay above it, then so few of n would do so with a probability of at most 5 %, whatever the
+distribution of the scores, ties included. It takes images that are drawn independently, as later ones will be.
+"""
 
 import math
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from zoo.errors import ZooError
+
+CONFIDENCE = 0.95  # that the true rate is at most the stated one
 
 
 @dataclass(frozen=True)
@@ -15,6 +27,15 @@ class Calibration:
         pixel_threshold: the same for one pixel of the map; also the middle of the colour scale.
         pixel_median: of all their maps; the lower end of the colour scale.
         calibrated: False for the default thresholds of a fit, which state no false-alarm rate.
+        false_alarm_rate: with `confidence`, at most this share of normal images is called anomalous, and at most this
+            share has a region; the two may be other images. None until calibrated.
+        confidence: see there.
+        levels: of their maps, ascending (`zoo.regions.region_level`); empty until calibrated.
+        min_area: pixels that a region has at least.
+        precision: that they were scored in; None until calibrated.
+
+    Raises:
+        ValueError: values that no calibration gives.
     """
 
     scores: list[float]
@@ -22,10 +43,48 @@ class Calibration:
     pixel_threshold: float
     pixel_median: float
     calibrated: bool = False
+    false_alarm_rate: float | None = None
+    confidence: float = CONFIDENCE
+    levels: list[float] = field(default_factory=list)
+    min_area: int = 1
+    precision: str | None = None
+
+    def __post_init__(self):
+        numbers = [*self.scores, *self.levels, self.image_threshold, self.pixel_threshold, self.pixel_median]
+        if not all(map(math.isfinite, numbers)):
+            raise ValueError("a score, level or threshold that is not finite")
+        if self.scores != sorted(self.scores) or self.levels != sorted(self.levels):
+            raise ValueError("scores and levels are ascending")
+        if self.calibrated and (self.false_alarm_rate is None or len(self.levels) != len(self.scores)):
+            raise ValueError("a calibration has a rate, and a level for each score")
 
     def p_value(self, score: float) -> float:
         """(1 + number of normals that score at least as high) / (n + 1), in (0, 1]."""
-        return (1 + len(self.scores) - bisect_left(self.scores, score)) / (len(self.scores) + 1)
+        return (1 + _at_least(self.scores, score)) / (len(self.scores) + 1)
+
+    def region_p_value(self, level: float) -> float:
+        """The same of a region, by the normals that have any region of such a level: it allows for looking anywhere."""
+        return (1 + _at_least(self.levels, level)) / (len(self.levels) + 1)
+
+    def in_words(self, score: float) -> str:
+        """How many normals score at least as high; where none does, what n of them can tell."""
+        n, above = len(self.scores), _at_least(self.scores, score)
+        return f"{f'{above:,} of {n:,}' if above else f'fewer than 1 in {n + 1:,}'} normal images score as high"
+
+    def promise(self) -> str:
+        """The stated rate in words, once calibrated."""
+        share, sure, n = 100 * self.false_alarm_rate, 100 * self.confidence, len(self.scores)
+        return f"at most {share:.4g} % of normal images, with {sure:.4g} % confidence, from {n:,} normals"
+
+    def at_rate(self, rate: float) -> "Calibration":
+        """The calibration for another rate, from the scores and levels that it holds.
+
+        Raises:
+            ZooError: a rate that so few normals can't support.
+        """
+        image, pixel = (threshold(values, rate) for values in (self.scores, self.levels))
+        stated = {"calibrated": True, "false_alarm_rate": rate, "confidence": CONFIDENCE}
+        return replace(self, image_threshold=image, pixel_threshold=pixel, **stated)
 
     def to_dict(self) -> dict:
         return asdict(self)
@@ -39,3 +98,101 @@ def default_calibration(scores: list[float], pixel_threshold: float, pixel_media
     scores = sorted(scores)
     threshold = math.nextafter(scores[-1 - len(scores) // 100], math.inf)
     return Calibration(scores, threshold, pixel_threshold, pixel_median)
+
+
+def calibrated(
+    scores: Sequence[float], levels: Sequence[float], rate: float, pixel_median: float, min_area: int, precision: str
+) -> Calibration:
+    """Thresholds that hold a stated false-alarm rate; the arguments are as in `Calibration`, in any order.
+
+    Raises:
+        ZooError: a rate that so few normals can't support.
+    """
+    known = Calibration(sorted(scores), 0.0, 0.0, pixel_median, levels=sorted(levels), min_area=min_area)
+    return replace(known, precision=precision).at_rate(rate)
+
+
+def restored(values: dict[str, Any] | None) -> Calibration:
+    """The calibration that a model's `config.json` holds.
+
+    Raises:
+        ZooError: there is none with a rate, and so no levels to take another one from.
+    """
+    if not (values and values.get("calibrated")):
+        raise ZooError("This model was never calibrated; give it normal images with --data DATA.")
+    try:
+        return Calibration(**values)
+    except (TypeError, ValueError) as error:
+        raise ZooError(f"The model's calibration is of the wrong kind ({error}); calibrate it anew.") from error
+
+
+def threshold(values: Sequence[float], rate: float) -> float:
+    """Such that with 95 % confidence at most a share `rate` of the population lies at or above it.
+
+    Args:
+        values: float32 numbers of normal images, ascending.
+
+    Raises:
+        ZooError: a rate that so few can't support.
+    """
+    check_normals(len(values), rate)
+    return just_above(values[-1 - allowed_above(len(values), rate)])
+
+
+def check_normals(n: int, rate: float) -> None:
+    """Whether n normals support a rate.
+
+    Raises:
+        ZooError: they don't, with the rate that they do support and the number that this one takes.
+    """
+    if allowed_above(n, rate) < 0:
+        are, least = "is 1" if n == 1 else f"are {n:,}", supported_rate(n)
+        raise ZooError(
+            f"A false-alarm rate of {rate:g} takes {normals_needed(rate):,} normal images, and there {are}: "
+            f"give more, or take --false-alarm-rate {least:g}, the lowest for so many."
+        )
+
+
+def allowed_above(n: int, rate: float) -> int:
+    """The largest m with P(Bin(n, rate) <= m) <= 5 %: so many of n may lie above a threshold; -1 where n is too few."""
+    import numpy as np
+    from scipy.special import bdtr
+
+    return int(np.count_nonzero(bdtr(np.arange(n + 1), n, rate) <= 1 - CONFIDENCE)) - 1
+
+
+def supported_rate(n: int) -> float:
+    """The smallest rate that n normals support, 1 - 0.05^(1/n), rounded up to three digits."""
+    rate = -math.expm1(math.log1p(-CONFIDENCE) / n)
+    digits = 2 - math.floor(math.log10(rate))
+    return math.ceil(rate * 10**digits) / 10**digits
+
+
+def normals_needed(rate: float) -> int:
+    """The fewest normals that support a rate."""
+    n = max(1, math.floor(math.log1p(-CONFIDENCE) / math.log1p(-rate)) - 1)
+    while allowed_above(n, rate) < 0:
+        n += 1
+    return n
+
+
+def check_rate(rate: float) -> float:
+    """The rate, if it is one.
+
+    Raises:
+        ZooError: it isn't.
+    """
+    if not 0 < rate < 1:
+        raise ZooError(f"--false-alarm-rate is a share between 0 and 1, such as 0.01 for 1 %, not {rate:g}.")
+    return rate
+
+
+def just_above(value: float) -> float:
+    """The next float32, for maps are float32 and would meet a next float64 as the value itself."""
+    import numpy as np
+
+    return float(np.nextafter(np.float32(value), np.float32(np.inf)))
+
+
+def _at_least(ascending: Sequence[float], value: float) -> int:
+    return len(ascending) - bisect_left(ascending, value)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from zoo import checkpoint, hub
+from zoo.calibration import check_rate, restored
 from zoo.cards import METRICS
 from zoo.data import FORMS, check_data
 from zoo.data.export import export_data
@@ -43,6 +44,7 @@ USAGE = """usage: zoo COMMAND [--help]
   zoo fit METHOD --data DATA --name NAME
   zoo evaluate NAME --data DATA
   zoo predict NAME PATH... --out DIR   heatmaps, masks, CSV and JSON
+  zoo calibrate NAME --data DATA --false-alarm-rate 0.01
   zoo benchmark --data DATA            all methods, three seeds: Table 3, Figures 1 and 2, a page
   zoo data prepare DATA                unpack, decode, verify, store at the working size
   zoo data export DATA --out FOLDER    parquet files, as a hub data set has them
@@ -287,6 +289,8 @@ def predict(argv: list[str]) -> None:
     rows = predict_files(model, images, out, size, options.skip_broken, run, ignore, options.tile)
     found = sum(row["verdict"].startswith("anomalous") for row in rows)
     called = f"{found} called anomalous" if model.calibration else "without verdicts"
+    if model.calibration and model.calibration.calibrated:
+        called += f" ({model.calibration.promise()})"
     print(f"Scored {len(rows)} images, {called}; results are in {options.out}.")
     if not model.calibration:
         print("The model has no threshold: its fit held no images out, or was stopped before it scored them.")
@@ -294,6 +298,55 @@ def predict(argv: list[str]) -> None:
         print("The verdicts are uncalibrated: --tile is not that of the model, so its threshold is of other scores.")
     elif not model.calibration.calibrated:
         print("The verdicts are uncalibrated: the threshold comes from a few held-out normals, no rate is stated.")
+    elif model.calibration.precision != model.precision:
+        print(f"The rate was stated in {model.calibration.precision}, and doesn't hold in {model.precision}.")
+
+
+def calibrate(argv: list[str]) -> None:
+    parser = make_parser(
+        "calibrate", "State a false-alarm rate: thresholds from normal images that a model hasn't seen."
+    )
+    parser.add_argument("name", help="name or folder of a model")
+    parser.add_argument("--data", type=str | None, default=None, help=f"{FORMS}; null: scores of the last calibration")
+    parser.add_argument(
+        "--false-alarm-rate", type=float | None, default=None, help="highest share of normal images that is anomalous"
+    )
+    parser.add_argument(
+        "--min-area", type=int | None, default=None, help="pixels that a region has at least; null: 1, or as before"
+    )
+    add_data_options(parser, {})
+    add_run_options(parser, precision=None)
+    options = parse(parser, argv)
+    folder, rate = hub.find_model(options.name), options.false_alarm_rate
+    config = checkpoint.read_config(folder)
+    if rate is None:
+        raise ZooError(f"zoo calibrate needs a rate: zoo calibrate {options.name} --data DATA --false-alarm-rate 0.01.")
+    check_rate(rate)
+    if options.min_area is not None and options.min_area < 1:
+        raise ZooError(f"--min-area is at least 1 pixel, not {options.min_area}.")
+    if not options.data:
+        known = restored(config["calibration"]).at_rate(rate)
+        if options.min_area not in (None, known.min_area):
+            raise ZooError("Regions of another area need the images anew: give --data with --min-area.")
+    else:
+        check_data(options.data)
+
+    from zoo import calibrate as calibration
+
+    if options.data:
+        model, values = hub.from_pretrained(folder), data_values(options)
+        run = run_of(options, model.precision)
+        about, rows = calibration.calibrate(model, options.data, rate, options.min_area or 1, folder, values, run)
+        if not launched()[0]:
+            calibration.store_calibration(folder, model.calibration, about, rows, model.view)
+        known = model.calibration
+    else:
+        known = calibration.change_rate(folder, rate)
+    print(
+        f"Calibrated {options.name}: {known.promise()}.\nImages are anomalous from a score of "
+        f"{known.image_threshold:.6g}, pixels from {known.pixel_threshold:.6g}, each at that rate of images.\n"
+        f"Next: zoo predict {options.name} PATH --out DIR"
+    )
 
 
 def benchmark(argv: list[str]) -> None:
@@ -382,6 +435,7 @@ COMMANDS = {
     "fit": fit,
     "evaluate": evaluate,
     "predict": predict,
+    "calibrate": calibrate,
     "benchmark": benchmark,
     "data": data,
 }

@@ -172,4 +172,5 @@ def store_evaluation(folder: Path, model: AnomalyModule, result: dict[str, Any])
 
 def described(spec: DataSpec) -> dict[str, Any]:
     terms = terms_of(spec.name)
-    return {"name": spec.name, "fingerprint": spec.fingerprint} | ({"terms": terms} if terms else {})
+    origin = {"origin": spec.origin} if spec.origin != spec.fingerprint else {}
+    return {"name": spec.name, "fingerprint": spec.fingerprint, **origin} | ({"terms": terms} if terms else {})

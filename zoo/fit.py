@@ -2,17 +2,15 @@
 
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from datasets import DatasetDict
 
-from zoo import checkpoint, hub, ranks, record
-from zoo.calibration import default_calibration
+from zoo import checkpoint, hub, record, seen
+from zoo.calibrate import calibrate_on_heldout
 from zoo.callbacks import NotFinite
 from zoo.data import DataSpec, check_data, encoded, load_data, load_ignore, load_pairs
 from zoo.data.datamodule import AnomalyDataModule
@@ -21,7 +19,6 @@ from zoo.errors import ZooError
 from zoo.estimate import Estimate, estimate
 from zoo.evaluation import described
 from zoo.methods import create_model, method_id, presets, signature
-from zoo.metrics import ranking
 from zoo.module import AnomalyModule
 from zoo.nn.features import weights_at_hand
 from zoo.pairs import apart_from
@@ -33,8 +30,6 @@ from zoo.training import kept, trained, training
 from zoo.view import LEAST_TILE, View
 
 LONG = 10  # batches: a longer fit is announced with the time and memory that it will take
-PIXEL_QUANTILE = 0.999
-PIXEL_SHIFT = 7  # bits of a pixel's score that its quantiles do without: exact to 2^-16 of the value, in a small table
 
 
 def choose_preset(method: str, preset: str | None, arguments: dict[str, Any]) -> str:
@@ -172,6 +167,11 @@ def fit(
     if path is not None:
         result["resumed"] = True  # the seconds are those of all processes, up to the checkpoints that were gone on from
     private = {"heldout.csv": checkpoint.csv_text(["image", "score"], heldout)}
+    if place is not None:
+        start = time.perf_counter()
+        select = plan.select if plan else None
+        private[seen.FILE] = seen.note(module, select, getattr(model, "pairs", []), run.progress)
+        seconds["seen"] = round(time.perf_counter() - start, 2)
     if plan is not None:
         result["configuration"]["trainer"] = asdict(plan)
         result["training"] = trained(trainer, module, own_seconds)
@@ -191,37 +191,6 @@ def fit(
         model.save_pretrained(place, result, private)
         unfinished.discard()
     return model, result
-
-
-@torch.inference_mode()
-def calibrate_on_heldout(
-    model: AnomalyModule, module: AnomalyDataModule, device: torch.device
-) -> list[tuple[str, float]]:
-    """Give a model the default thresholds of held-out normals; returns their names and scores (none: no threshold)."""
-    model.to(device)
-    heldout: list[tuple[str, float]] = []
-    tables, shift = [torch.zeros(0, 4, dtype=torch.int64, device=device)], PIXEL_SHIFT
-    for groups in module.holdout_dataloader():
-        for part in groups:
-            part = part.to(device)
-            with model.autocast():
-                scores = model.score_images(part.image, part.roi)
-            heldout += zip(part.name, scores.image.tolist(), strict=True)
-            tables, shift = ranking.add(tables, shift, scores.map, torch.zeros_like(scores.map, dtype=torch.bool))
-    heldout = ranks.gather_list(heldout)
-    if heldout:
-        parts = ranks.gather((torch.cat(tables).cpu(), shift))
-        table, _ = ranking.merge(torch.cat([rows for rows, _ in parts]), max(shift for _, shift in parts))
-        median, high = _quantiles(table, (0.5, PIXEL_QUANTILE))
-        model.calibration = default_calibration([score for _, score in heldout], high, median)
-    return heldout
-
-
-def _quantiles(table: torch.Tensor, shares: Sequence[float]) -> list[float]:
-    """Smallest scores that at least these shares of a rank table's negatives don't exceed."""
-    below = table[:, 1].cumsum(0)  # (n,)
-    ranks = torch.tensor([math.ceil(share * int(below[-1])) for share in shares], device=table.device)
-    return [ranking.key_score(key) for key in table[torch.searchsorted(below, ranks), 0].tolist()]
 
 
 def _say_view(view: View, run: RunOptions) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # imported on use: paths are checked before torch is loaded
     from zoo.module import AnomalyModule
 
 MASK_FOLDERS = ("masks", "ground_truth", "train_masks")  # beside the images of a data set
-COLUMNS = ("image", "score", "p_value", "is_anomalous", "verdict", "heatmap", "mask")
+COLUMNS = ("image", "score", "p_value", "is_anomalous", "verdict", "num_regions", "heatmap", "mask")
 
 
 def find_images(paths: Sequence[str | Path], out: Path) -> dict[str, Path]:
@@ -92,7 +92,7 @@ def predict_files(
         tile: as for `AnomalyModule.predict`.
 
     Returns:
-        One row an image, with the keys of `COLUMNS`, in the order of `images`.
+        One row an image, with the keys of `COLUMNS`, `pixel_nm` and `regions`, in the order of `images`.
 
     Raises:
         ZooError: a broken image, named; what was done before is written.
@@ -122,7 +122,7 @@ def predict_files(
         lines = [["" if row[key] is None else row[key] for key in COLUMNS] for row in done]
         checkpoint.write_text(out / "predictions.csv", checkpoint.csv_text(COLUMNS, lines))
         thresholds = model.calibration.to_dict() if model.calibration else {}
-        thresholds.pop("scores", None)
+        thresholds = {key: value for key, value in thresholds.items() if key not in ("scores", "levels")}
         report = {"method": model.method, "calibration": thresholds or None, "images": done}
         checkpoint.write_text(out / "predictions.json", checkpoint.dump(report))
     if failure is not None:
@@ -164,6 +164,9 @@ def _predict_files(
         for (name, image), prediction in zip(brought.items(), predictions, strict=True):
             row = {"image": str(images[name]), "score": prediction.score, "p_value": prediction.p_value}
             row |= {"is_anomalous": prediction.is_anomalous, "verdict": prediction.verdict}
+            row["pixel_nm"], regions = prediction.pixel_nm, prediction.regions
+            row["regions"] = None if regions is None else [region.described(prediction.pixel_nm) for region in regions]
+            row["num_regions"] = None if regions is None else len(regions)
             row |= {"heatmap": f"heatmaps/{name}.png", "mask": None}
             shown = plots.overlay(model.view.shown(image.array), prediction.map, model.calibration)
             plots.save_png(out / row["heatmap"], shown)

@@ -19,6 +19,7 @@ from zoo.image import read_mask, resize
 from zoo.learning import Batch, LearningModule
 from zoo.metrics import AnomalyMetrics
 from zoo.metrics.bootstrap import image_tables
+from zoo.regions import Region, find_regions
 from zoo.sem import read_sem
 from zoo.tiles import by_tiles
 from zoo.view import View
@@ -57,6 +58,7 @@ class Prediction(NamedTuple):
         p_value: share of normal images that score as high; None until the model is calibrated.
         is_anomalous: the calibrated verdict; None until the model is calibrated.
         verdict: the same in words; before calibration it applies the fit's default threshold and says so.
+        regions: what reaches the calibrated pixel threshold, by falling peak; None until the model is calibrated.
         pixel_nm: side of a pixel in nm, where the image's file tells.
     """
 
@@ -65,6 +67,7 @@ class Prediction(NamedTuple):
     p_value: float | None = None
     is_anomalous: bool | None = None
     verdict: str = "no threshold"
+    regions: list[Region] | None = None
     pixel_nm: float | None = None
 
 
@@ -271,17 +274,24 @@ class AnomalyModule(LearningModule):
     def _judge(self, scores: Scores, roi: Tensor | None, heights: Sequence[int] | None = None) -> list[Prediction]:
         maps = scores.map[:, 0].float().cpu().numpy()  # (B, h, w)
         inside = [None] * len(maps) if roi is None else roi[:, 0].cpu().numpy()  # (B, h, w)
-        whole = [_whole(*each) for each in zip(maps, inside, heights or [maps.shape[1]] * len(maps), strict=True)]
-        return [self._verdict(score, map) for score, map in zip(scores.image.tolist(), whole, strict=True)]
+        heights = heights or [maps.shape[1]] * len(maps)
+        found = []
+        for score, map, region, height in zip(scores.image.tolist(), maps, inside, heights, strict=True):
+            found.append(self._verdict(score, map, region)._replace(map=_whole(map, region, height)))
+        return found
 
-    def _verdict(self, score: float, map: np.ndarray) -> Prediction:
+    def _verdict(self, score: float, map: np.ndarray, roi: np.ndarray | None = None) -> Prediction:
         if self.calibration is None:
             return Prediction(score, map)
         anomalous = score >= self.calibration.image_threshold
         words = "anomalous" if anomalous else "normal"
         if not self.calibration.calibrated:
             return Prediction(score, map, verdict=f"{words} (uncalibrated)")
-        return Prediction(score, map, self.calibration.p_value(score), anomalous, words)
+        counted = map if roi is None else np.where(roi, map, -np.inf)  # (H, W)
+        regions = find_regions(counted, self.calibration.pixel_threshold, self.calibration.min_area)
+        regions = [region._replace(p_value=self.calibration.region_p_value(region.level)) for region in regions]
+        verdict = f"{words} ({self.calibration.in_words(score)})"
+        return Prediction(score, map, self.calibration.p_value(score), anomalous, verdict, regions)
 
     # ---- keeping -----------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from PIL import Image
 from skimage.segmentation import find_boundaries
 
 from zoo.calibration import Calibration
+from zoo.regions import region_mask
 
 COLOURS = colormaps["inferno"]  # perceptually uniform
 ROWS = 256  # coloured at once: colours take 32 bytes a pixel
@@ -50,8 +51,8 @@ def overlay(image: np.ndarray, map: np.ndarray, calibration: Calibration | None,
 
 
 def mask(map: np.ndarray, calibration: Calibration) -> np.ndarray:
-    """Pixels at or above the pixel threshold, bool (H, W)."""
-    return map >= calibration.pixel_threshold
+    """Pixels of regions at or above the pixel threshold, bool (H, W)."""
+    return region_mask(map, calibration.pixel_threshold, calibration.min_area)
 
 
 def outline(image: np.ndarray, region: np.ndarray, colour: Sequence[int] = (0, 200, 255)) -> np.ndarray:
