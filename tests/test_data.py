@@ -211,6 +211,16 @@ def test_16_bit_reaches_the_network(tmp_path):
     assert batch.image[0, 0].unique().numel() == 64 * 64
 
 
+def test_as_many_normals_are_held_out_as_are_wanted(mvtec):
+    data = load_data(str(mvtec))
+    for wanted in (0, 7, 29):
+        module = AnomalyDataModule(data, hold_out=wanted)
+        assert len(module.holdout_set) == wanted and module.num_train_images == 30 - wanted
+    for wanted in (30, -1):
+        with pytest.raises(ZooError, match=f"--hold-out {wanted} leaves nothing of 30"):
+            AnomalyDataModule(data, hold_out=wanted)
+
+
 def test_preset_original_crops_image_and_mask(mvtec):
     module = AnomalyDataModule(load_data(str(mvtec)), view=View(resize=64, crop=56))
     for group in module.test_dataloader():

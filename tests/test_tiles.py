@@ -1,15 +1,19 @@
 """Large images in tiles: what covers them, what a blended map is, and whole fits and predictions that way."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from zoo.cli import main
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.errors import ZooError
 from zoo.evaluation import evaluate
 from zoo.fit import fit
+from zoo.hub import from_pretrained, model_place
 from zoo.methods import create_model
 from zoo.run import RunOptions
 from zoo.tiles import TILE_BATCH, by_tiles, corners, tiles_of
@@ -198,11 +202,39 @@ def test_predict_sees_tiles_as_the_fit_did_unless_told_otherwise(fitted, wide):
 
 
 def test_a_saved_model_remembers_its_tiles(fitted, wide):
-    from zoo.hub import from_pretrained, model_place
-
     loaded = from_pretrained(model_place("m", fitted[3]))
     path = str(wide / "test/square/1.png")
     assert loaded.view == fitted[0].view and loaded.predict(path).score == fitted[0].predict(path).score
+
+
+def test_a_rate_stated_in_tiles_holds_in_them(wide, tmp_path, zoo_home, capsys):
+    """Calibrated with --tile, a model sees tiles from then on; its scores are those of `predict`."""
+    fit_ = [
+        "fit",
+        "padim",
+        "--preset",
+        "lite",
+        "--data",
+        str(wide),
+        "--name",
+        "m",
+        "--input-size",
+        "64",
+        "--dims",
+        "10",
+    ]
+    assert main(fit_) == 0
+    with_tiles = ["calibrate", "m", "--data", str(wide), "--false-alarm-rate", "0.2", "--tile", "96"]
+    assert main(with_tiles) == 0
+    model = from_pretrained("m")
+    assert model.view.tile == 96 and len(model.calibration.scores) == 12 + 4  # held-out and tested normals
+    found = model.predict(str(wide / "test/square/0.png"))
+    assert found.is_anomalous and found.regions
+    assert model.predict(str(wide / "test/square/0.png"), tile=0).is_anomalous is None
+    scores = [model.predict(str(wide / f"test/good/{i}.png")).score for i in range(4)]
+    assert set(scores) <= set(model.calibration.scores)
+    record = json.loads((zoo_home / "models/m/results.json").read_text())
+    assert record["calibration"]["tile"] == 96 and "tile" not in record["train_data"]
 
 
 def test_images_of_mixed_sizes_and_small_ones(tmp_path, fitted):

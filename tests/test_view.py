@@ -353,6 +353,84 @@ def test_predict_writes_whole_maps_and_takes_masks_and_tiles(tiffs, tmp_path, zo
     assert main([*fit_, "--intensity", "minmax"]) == 2 and main([*fit_, "--info-bar", "top"]) == 2
 
 
+def test_from_tiffs_with_bars_to_verdicts_with_a_rate_in_three_commands(tiffs, tmp_path, zoo_home, capsys):
+    """As the README says it; each command names the next one."""
+    data, rate = str(tiffs / "normal"), "0.14"  # 20 held-out images support no lower one
+    small = ["--input-size", "64", "--dims", "10"]
+    assert (
+        main(["fit", "padim", "--preset", "lite", "--data", data, "--name", "lot", *small, "--intensity", "percentile"])
+        == 0
+    )
+    following = f"zoo calibrate lot --data {data} --false-alarm-rate {rate}"
+    assert f"Next: {following}" in capsys.readouterr().out
+    assert main(following.split()[1:]) == 0
+    assert "Next: zoo predict lot PATH" in capsys.readouterr().out
+    assert (
+        main(["predict", "lot", str(tiffs / "bad.tif"), str(tiffs / "good.tif"), "--out", str(tmp_path / "out")]) == 0
+    )
+    assert "at most 14 % of normal images, with 95 % confidence, from 20 normals" in capsys.readouterr().out
+    bad, good = json.loads((tmp_path / "out/predictions.json").read_text())["images"]
+    assert bad["is_anomalous"] and not good["is_anomalous"] and bad["p_value"] == 1 / 21
+    (top, left, bottom, right) = bad["regions"][0]["box"]
+    assert top < 140 and bottom > 100 and left < 140 and right > 100 and bottom <= 280
+
+    assert main(["calibrate", "lot", "--data", data, "--false-alarm-rate", "0.01"]) == 2
+    assert "--false-alarm-rate 0.14, the lowest for so many; a fit with --hold-out 299" in capsys.readouterr().err
+
+
+def test_a_copy_under_another_bar_is_known_again(dim, tiffs, tmp_path, zoo_home, capsys):
+    """What is above the bar counts, so that an image that was saved anew with another bar is no new one."""
+    data = str(tiffs / "normal")
+    assert (
+        main(["fit", "padim", "--preset", "lite", "--data", data, "--name", "m", "--input-size", "64", "--dims", "10"])
+        == 0
+    )
+    (tmp_path / "copies").mkdir()
+    for path in (tiffs / "normal").iterdir():
+        tifffile.imwrite(
+            tmp_path / f"copies/copy-{path.name}", with_bar(tifffile.imread(path)[:280], "2.0kV x10.0k BSE 5um")
+        )
+    capsys.readouterr()
+    assert main(["calibrate", "m", "--data", str(tmp_path / "copies"), "--false-alarm-rate", "0.2"]) == 2
+    assert "20 of these normal images had a say in the model's weights" in capsys.readouterr().err
+
+
+def test_what_is_ignored_has_no_say_in_a_rate(mvtec, tmp_path, zoo_home):
+    data, ignore = str(mvtec), ignore_file(tmp_path / "upper.png")
+    assert (
+        main(["fit", "padim", "--preset", "lite", "--data", data, "--name", "m", "--input-size", "64", "--dims", "10"])
+        == 0
+    )
+    assert main(["calibrate", "m", "--data", data, "--false-alarm-rate", "0.15", "--ignore", ignore]) == 0
+    model = from_pretrained("m")
+    good = sorted((mvtec / "test/good").iterdir())
+    lower = [float(model.predict(path).map[48:].max()) for path in good]
+    assert all(np.isclose(level, model.calibration.levels, rtol=1e-5).any() for level in lower)
+    ignored = model.predict(good, ignore=np.arange(96)[:, None].repeat(96, 1) < 48)
+    assert all(np.isclose(one.score, model.calibration.scores, rtol=1e-5).any() for one in ignored)
+
+
+def test_sizes_in_nm_where_the_file_tells(tiffs, tmp_path, zoo_home):
+    """Zeiss' tag: 2.5 nm a pixel; regions have their sizes in nm."""
+    data = str(tiffs / "normal")
+    assert (
+        main(["fit", "padim", "--preset", "lite", "--data", data, "--name", "m", "--input-size", "64", "--dims", "10"])
+        == 0
+    )
+    assert main(["calibrate", "m", "--data", data, "--false-alarm-rate", "0.14"]) == 0
+    text = "\r\n".join(["0"] * 3 + ["AP_IMAGE_PIXEL_SIZE", "Image Pixel Size = 2.500 nm", ""])
+    image = tifffile.imread(tiffs / "bad.tif")
+    tifffile.imwrite(tmp_path / "zeiss.tif", image, extratags=[(34118, "s", 0, text, True)])
+    found = from_pretrained("m").predict(tmp_path / "zeiss.tif")
+    assert found.pixel_nm == pytest.approx(2.5)
+    assert main(["predict", "m", str(tmp_path / "zeiss.tif"), "--out", str(tmp_path / "out")]) == 0
+    (row,) = json.loads((tmp_path / "out/predictions.json").read_text())["images"]
+    region = row["regions"][0]
+    assert row["pixel_nm"] == pytest.approx(2.5) and region["area_nm2"] == pytest.approx(region["area"] * 6.25)
+    assert region["width_nm"] == pytest.approx(2.5 * (region["box"][3] - region["box"][1]))
+    assert from_pretrained("m").predict(tiffs / "bad.tif").pixel_nm is None
+
+
 def test_zoo_data_prepare_leaves_the_bar_out(tiffs, tmp_path, zoo_home):
     """A store keeps images without their bars; what a model sees of both is the same but for the resizing."""
     assert main(["data", "prepare", str(tiffs / "normal"), "--size", "64", "--out", str(tmp_path / "store")]) == 0

@@ -16,7 +16,15 @@ from datasets import Dataset, DatasetDict
 from rich.progress import track
 
 from zoo import checkpoint, ranks, record
-from zoo.calibration import Calibration, calibrated, check_normals, check_rate, default_calibration, restored
+from zoo.calibration import (
+    Calibration,
+    calibrated,
+    check_normals,
+    check_rate,
+    default_calibration,
+    normals_needed,
+    restored,
+)
 from zoo.cards import render_card
 from zoo.data import DataSpec, check_data, load_data, load_ignore
 from zoo.data.datamodule import AnomalyDataModule
@@ -71,7 +79,7 @@ def calibrate(
     ranks.connect()
     spec, options = check_data(data), DataOptions(**(data_options or {}))
     unseen = _unseen(load_data(spec), spec, folder, model.view, options.num_workers or 0, run)
-    check_normals(sum(map(len, unseen.parts)), rate)
+    _check_enough(unseen, rate)
     model.to(device_of(run.device)).eval()
     model.precision = run.precision
     if options.tile is not None:
@@ -147,11 +155,25 @@ def _stated(found: Calibration) -> dict[str, float]:
 
 
 class _Unseen(NamedTuple):
-    """Normal images by split, how many copies of them were left out, and whether their content could be checked."""
+    """Normal images by split, how many copies of them were left out, and whether their content could be checked.
+
+    `own`: they are of the data that the model was fitted on.
+    """
 
     parts: list[Dataset]
     repeated: int
     checked: bool
+    own: bool
+
+
+def _check_enough(unseen: _Unseen, rate: float) -> None:
+    try:
+        check_normals(sum(map(len, unseen.parts)), rate)
+    except ZooError as error:
+        if not unseen.own:
+            raise
+        remedy = f"a fit with --hold-out {normals_needed(rate)} sets as many of its own aside."
+        raise ZooError(f"{str(error).rstrip('.')}; {remedy}") from error
 
 
 def _unseen(
@@ -190,7 +212,7 @@ def _unseen(
         run.say(f"{len(known):,} images are left out: under other names, the fit or the selection has seen them.")
     if repeated:
         run.say(f"{repeated:,} images are copies of others; each counts once.")
-    return _Unseen(parts, repeated, seen is not None)
+    return _Unseen(parts, repeated, seen is not None, own)
 
 
 def _normals(rows: Dataset, seen: set[str]) -> Dataset:

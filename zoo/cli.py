@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from zoo import checkpoint, hub
-from zoo.calibration import check_rate, restored
+from zoo.calibration import check_rate, restored, supported_rate
 from zoo.cards import METRICS
 from zoo.data import FORMS, check_data
 from zoo.data.export import export_data
@@ -209,7 +209,12 @@ def fit(argv: list[str]) -> None:
         checkpoint_minutes=options.checkpoint_minutes,
         memory_limit=memory_limit,
     )
-    following = f"evaluate {options.name} --data {options.data}" if tested else f"predict {options.name} PATH --out DIR"
+    following, held = f"predict {options.name} PATH --out DIR", record["train_data"]["held_out"]
+    if tested:
+        following = f"evaluate {options.name} --data {options.data}"
+    elif held and trainer_options["select"] != "normal":
+        rate = max(0.01, supported_rate(held))
+        following = f"calibrate {options.name} --data {options.data} --false-alarm-rate {rate:g}"
     print(
         f"{verb} {options.name} in {place} "
         f"(fit {record['seconds']['fit']:.1f} s, peak memory {record['peak_memory_mb']:.0f} MB).\nNext: zoo {following}"
