@@ -319,6 +319,9 @@ def test_another_rate_without_the_data(model, others, capsys):
     assert second == first.at_rate(0.2) and second.image_threshold < first.image_threshold
     assert record_of(model)["false_alarm_rate"] == 0.2 and record_of(model)["data"]["name"] == "normals"
     assert "at most 20 %" in (model / "README.md").read_text()
+    (model / "results.json").unlink()
+    assert run("calibrate", "m", "--false-alarm-rate", 0.2) == 0
+    assert "at most 20 %" in (model / "README.md").read_text()
     capsys.readouterr()
     assert run("calibrate", "m", "--false-alarm-rate", 0.01) == 2
     assert "takes 299 normal images, and there are 70" in capsys.readouterr().err

@@ -51,6 +51,7 @@ def model(mvtec):
         (["fit", "--config", "nowhere.yaml"], "nowhere.yaml"),
         (["evaluate", "nobody", "--data", "synthetic"], "zoo fit METHOD"),
         (["predict", "nobody", "x.png", "--out", "o"], "zoo fit METHOD"),
+        (["calibrate", "nobody", "--data", "synthetic", "--false-alarm-rate", "0.1"], "zoo fit METHOD"),
     ],
 )
 def test_mistakes_are_one_sentence(argv, words, capsys):
@@ -70,6 +71,7 @@ def test_mistakes_are_one_sentence(argv, words, capsys):
         ["fit", "padim", "--data", "/nowhere", "--name", "a"],
         ["evaluate", "nobody", "--data", "synthetic"],
         ["predict", "nobody", "x.png", "--out", "o"],
+        ["calibrate", "nobody", "--data", "synthetic", "--false-alarm-rate", "0.1"],
         ["benchmark", "--help"],
         ["benchmark", "--data", "/nowhere", "--preset", "lite"],
         ["benchmark", "--data", "synthetic", "--preset", "lite", "--methods", "nope"],

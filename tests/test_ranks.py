@@ -358,3 +358,22 @@ assert zoo.ranks.rank_and_world() == (0, 1) and dist.is_initialized()
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, "left"), done.stderr
+
+
+def test_two_processes_calibrate_as_one_does(mvtec, zoo_home):
+    from zoo.cli import main
+
+    assert main(["fit", "padim", "--preset", "lite", "--input-size", "64", "--data", str(mvtec), "--name", "m"]) == 0
+    calibrate, place = ["calibrate", "m", "--data", str(mvtec), "--false-alarm-rate", "0.2"], zoo_home / "models" / "m"
+    assert main(calibrate) == 0
+    config, scores = (place / "config.json").read_text(), (place / "private/calibration.csv").read_text()
+    said = torchrun("--no-python", "zoo", *calibrate).stdout
+    assert said.count("Calibrated m") == 1
+    names, found = zip(*(line.split(",")[:2] for line in sorted(scores.splitlines()[1:])), strict=True)
+    lines = (place / "private/calibration.csv").read_text().splitlines()[1:]
+    other_names, others = zip(*(line.split(",")[:2] for line in sorted(lines)), strict=True)
+    assert names == other_names and len(names) == 15 + 6
+    assert list(map(float, found)) == pytest.approx(list(map(float, others)), rel=1e-5)
+    before, after = json.loads(config)["calibration"], json.loads((place / "config.json").read_text())["calibration"]
+    for key in ("image_threshold", "pixel_threshold", "pixel_median"):
+        assert before[key] == pytest.approx(after[key], rel=1e-4), key

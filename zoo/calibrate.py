@@ -74,6 +74,8 @@ def calibrate(
     """
     run, start = first_speaks(run or RunOptions(precision=model.precision)), time.perf_counter()
     check_rate(rate)
+    if not model.is_fitted:
+        raise ZooError(f"This {model.method} has learned nothing yet; fit it first.")
     if model.view.crop:
         raise ZooError("This model was fitted on cropped images, for parity runs; fit it with another preset.")
     ranks.connect()
@@ -143,7 +145,7 @@ def change_rate(folder: Path, rate: float) -> Calibration:
     """
     found = restored(checkpoint.read_config(folder)["calibration"]).at_rate(check_rate(rate))
     about = checkpoint.read_json(folder / checkpoint.RECORD).get("calibration", {})
-    store_calibration(folder, found, about | _stated(found))
+    store_calibration(folder, found, about and about | _stated(found))
     return found
 
 
