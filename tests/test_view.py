@@ -135,6 +135,12 @@ def test_mixed_sets_are_refused_with_both_ways_out(tmp_path):
     assert model.view.info_bar == "none"
 
 
+def test_words_that_are_none():
+    for words in (("top", "full"), ("auto", "minmax")):
+        with pytest.raises(ZooError, match="--info-bar is auto or none and --intensity full or percentile"):
+            look_at(View(), [], *words)
+
+
 def test_built_in_images_have_no_bar():
     images = [row["image"] for row in load_data("synthetic:train=32,good=1,defect=1")["train"]]
     assert look_at(View(), images, "auto", "full").bars == ((256, 256, 0),)
@@ -169,6 +175,8 @@ def test_the_scale_is_stored_with_the_model(dim, tiffs, tmp_path):
     model.save_pretrained(tmp_path / "m")
     stored = json.loads((tmp_path / "m/config.json").read_text())["preprocessing"]
     assert stored["low"] == model.view.low and stored["bars"] == [[320, 320, BAR]]
+    card = (tmp_path / "m/README.md").read_text()
+    assert f"without the info bar, the last {BAR} rows of 320 x 320" in card and "(white) of the full scale" in card
     loaded = from_pretrained(tmp_path / "m")
     assert loaded.view == model.view
     assert loaded.predict(tiffs / "bad.tif").score == model.predict(tiffs / "bad.tif").score

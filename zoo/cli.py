@@ -305,6 +305,8 @@ def predict(argv: list[str]) -> None:
         print("The verdicts are uncalibrated: the threshold comes from a few held-out normals, no rate is stated.")
     elif model.calibration.precision != model.precision:
         print(f"The rate was stated in {model.calibration.precision}, and doesn't hold in {model.precision}.")
+    elif ignore is None and checkpoint.read_json(folder / checkpoint.RECORD).get("calibration", {}).get("ignored"):
+        print("The rate was stated with ignore masks, and may not hold without them; give --ignore.")
 
 
 def calibrate(argv: list[str]) -> None:

@@ -49,7 +49,8 @@ def estimate(model: AnomalyModule, module: AnomalyDataModule, device: torch.devi
             torch.cuda.synchronize(device)
         each.append((seconds + time.perf_counter() - begin) / len(batch.name))
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else record.peak_memory_mb() * 2**20
-    images, scored = module.num_train_images / world, len(module.holdout_set) / world
+    tiles = module.num_train_images / max(module.num_images, 1)  # of an image, or 1
+    images, scored = module.num_train_images / world, tiles * len(module.holdout_set) / world
     usual = statistics.median(each[1:] or each)  # the first one warms up
     seconds = usual * (images + scored) + model.estimate_seconds(math.ceil(images), math.ceil(scored))
     return Estimate(seconds, MARGIN * (peak + model.estimate_memory(math.ceil(images), world)))

@@ -11,7 +11,7 @@ from datasets import DatasetDict
 from PIL import Image
 
 from zoo import checkpoint, plots
-from zoo.data import load_data
+from zoo.data import check_data, load_data, load_ignore
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import kind_of
 from zoo.module import AnomalyModule
@@ -121,10 +121,11 @@ def _scored_again(model: AnomalyModule, data: str, view: View, names: set[str]) 
     """The named test images with their maps."""
     test = load_data(data)["test"]
     rows = [row for row, name in enumerate(test.with_format(None)["path"]) if name in names]
-    module = AnomalyDataModule(DatasetDict(train=test.select([]), test=test), view=view)
+    ignore = load_ignore(check_data(data), None)
+    module = AnomalyDataModule(DatasetDict(train=test.select([]), test=test), view=view, ignore=ignore)
     for part in map(module.test_image, rows):
         with model.autocast():
-            found = model.score_images(part.image.to(model.device)).map
+            found = model.score_images(*(t if t is None else t.to(model.device) for t in (part.image, part.roi))).map
         image = part.image[0].movedim(0, -1).numpy()  # (H, W, C)
         truth = None if part.mask is None else part.mask[0, 0].numpy()
         image = image[..., 0] if image.shape[2] == 1 else image

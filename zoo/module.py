@@ -209,7 +209,7 @@ class AnomalyModule(LearningModule):
         is_path = isinstance(source, str | Path)
         ignored = ignore if ignore is None or _is_mask(ignore) else read_mask(ignore)
         name = str(source) if is_path else "the image"
-        image, _, roi = replace(self.view, resize=None).see(sem.image, name, source, ignored=ignored)
+        image, _, roi = replace(self.view, resize=None).see(sem.image, name, sem, ignored=ignored)
         return Brought(sem.image, image[0], None if roi is None else roi[0], sem.pixel_nm)
 
     @torch.inference_mode()

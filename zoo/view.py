@@ -15,11 +15,12 @@ import numpy as np
 
 from zoo.errors import ZooError
 from zoo.image import image_size, read_image, resize, resize_mask, to_tensor
-from zoo.sem import bar_of_set, find_bar, read_sem
+from zoo.sem import Sem, bar_of_set, find_bar, read_sem
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+INFO_BARS, INTENSITIES = ("auto", "none"), ("full", "percentile")
 SAMPLE = 32  # images of a set that are looked at
 PIXELS = 2**16  # of each of them
 TAILS = 0.001  # share of the pixels below and above the percentiles
@@ -70,12 +71,12 @@ class View:
 
         Args:
             array: decoded (H, W) or (H, W, 3).
-            source: what it was read from, with the vendor's tags.
+            source: what it was read from, with the vendor's tags, or `Sem`.
         """
         known = self._known_rows(array.shape[:2])
         if known is not None:
             return known
-        bar = len(array) if source is None else read_sem(source).bar
+        bar = (source if isinstance(source, Sem) else read_sem(array if source is None else source)).bar
         return len(array) - (bar if bar < len(array) else find_bar(array))
 
     def say_bars(self, say: Callable[[str], None]) -> None:
@@ -179,8 +180,11 @@ def look_at(view: View, images: Sequence[Any], info_bar: str, intensity: str) ->
             their pixels together, and a tenth more on both sides, as black and white of all images.
 
     Raises:
-        ZooError: bars of several heights, images of a single grey, or of float images and others together.
+        ZooError: another word, bars of several heights, images of a single grey, or floats and integers together.
     """
+    if info_bar not in INFO_BARS or intensity not in INTENSITIES:
+        known = f"--info-bar is {' or '.join(INFO_BARS)} and --intensity {' or '.join(INTENSITIES)}"
+        raise ZooError(f"{known}; not {info_bar} and {intensity}.")
     if info_bar == "auto":
         sizes = defaultdict(list)
         for image in images:

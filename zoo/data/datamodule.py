@@ -215,16 +215,17 @@ class _Tiles(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[Batch]:
-        """Of a batch at once, so that an image is decoded once for its tiles in it."""
-        images, wanted = {}, [self.places[index] for index in indices]
-        for row in sorted({row for row, _ in wanted}):
-            images[row] = self.images[row]
-        return [_cut(images[row], place) for row, place in wanted]
+        """Of a batch at once, so that an image is decoded once for its tiles in it, and one is held at a time."""
+        found: dict[int, Batch] = {}
+        for row in sorted({self.places[index][0] for index in indices}):
+            image = self.images[row]
+            found |= {i: _cut(image, self.places[i][1]) for i in indices if self.places[i][0] == row}
+        return [found[index] for index in indices]
 
 
 def _cut(item: Batch, tile: Tile) -> Batch:
-    mask = None if item.mask is None else item.mask[..., tile.rows, tile.columns]
-    return item._replace(image=item.image[..., tile.rows, tile.columns], mask=mask)
+    image, mask = (None if m is None else m[..., tile.rows, tile.columns].clone() for m in (item.image, item.mask))
+    return item._replace(image=image, mask=mask)
 
 
 def _labels(dataset: Dataset) -> np.ndarray:
