@@ -21,6 +21,7 @@ from zoo.fit import fit
 from zoo.hub import from_pretrained, model_place
 from zoo.methods import create_model, list_methods, method_class, signature
 from zoo.module import AnomalyModule, Batch
+from zoo.tiles import tiles_of
 
 SIZE = 96
 # Beside preset lite and input_size, to be quick.
@@ -289,6 +290,25 @@ def test_region_of_interest_limits_the_image_score(fitted, method):
         everything = model(batch, torch.ones_like(left))
     assert torch.equal(whole.image, everything.image)
     assert (part.image <= whole.image).all() and (part.image < whole.image).any()
+
+
+@METHODS
+def test_any_method_sees_large_images_in_tiles(fitted, method):
+    """Of what fits into a tile nothing changes; else the score is the highest of the tiles' cores."""
+    model, _ = fitted[method]
+    large, fits = images(2, height=150, width=130), images(1, height=64, width=64)
+    with torch.inference_mode(), model.seen_in_tiles(64):
+        scores = model.score_images(large)
+        again = model.score_images(large[1:])
+        assert torch.equal(model.score_images(fits).map, model(fits).map)
+        best = []
+        for tile in tiles_of((150, 130), 64):
+            core = torch.zeros(2, 1, 64, 64, dtype=torch.bool)
+            core[:, :, *tile.core] = True
+            best.append(model(large[..., tile.rows, tile.columns], core).image)
+    assert scores.map.shape == (2, 1, 150, 130) and scores.map.isfinite().all()
+    torch.testing.assert_close(scores.image, torch.stack(best).amax(0), rtol=1e-3, atol=1e-4)
+    assert torch.equal(scores.image[1:], again.image) and torch.equal(scores.map[1:], again.map)
 
 
 def test_two_fits_of_one_name_leave_one_model(mvtec):
