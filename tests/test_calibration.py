@@ -447,7 +447,7 @@ def test_the_precision_of_the_calibration_is_that_of_predict(model, data, others
     assert min(abs(prediction.score - score) for score in loaded.calibration.scores) < 1e-4 * prediction.score
     capsys.readouterr()
     assert run("predict", "m", data / "test/good", "--out", tmp_path / "o", "--precision", "32-true") == 0
-    assert "doesn't hold in 32-true" in capsys.readouterr().out
+    assert "the rate was stated in bf16-mixed, not in 32-true" in capsys.readouterr().out
 
 
 def test_models_of_before_regions_load(model):

@@ -170,7 +170,7 @@ def test_fit_says_what_it_replaces(model, mvtec, capsys):
     assert run(*again, "--data", mvtec) == 0
     assert "Replaced m" in capsys.readouterr().out
     assert run(*again, "--data", mvtec / "train/good") == 0
-    assert "Next: zoo predict m" in capsys.readouterr().out
+    assert "Next: zoo calibrate m" in capsys.readouterr().out
 
 
 def test_predict_leaves_its_own_results_out(model, mvtec, tmp_path):

@@ -188,6 +188,28 @@ def test_tiles_of_a_fit_cover_each_image_once_with_its_pixels(wide):
             assert any(np.array_equal(values, images[name][place]) for place in places)
 
 
+def test_an_image_is_decoded_about_once_an_epoch(wide, monkeypatch):
+    """Tiles are shuffled among those of some images, which are kept."""
+    module = AnomalyDataModule(load_data(str(wide)), input_size=(64, 64), batch_size=6, view=View(tile=64))
+    images, seen = module.train_items.images, []
+    monkeypatch.setattr(type(images), "__getitem__", lambda self, i: seen.append(i) or self._item(self.dataset[i]))
+    loader = module.train_dataloader()
+    names = [name for batch in loader for name in batch.name]
+    assert sorted(seen) == list(range(12)) and len(names) == 144
+    assert len(set(names[:96])) == 8 and len(set(names[:12])) > 3  # of eight images, mixed
+    loader.set_epoch(1)
+    assert [name for batch in loader for name in batch.name] != names
+
+
+def test_the_papers_protocol_sees_whole_images(fitted, wide):
+    seen = []
+    model = fitted[0]
+    hook = model.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[-2:])))
+    record = evaluate(model, str(wide), data_options={"resize": 224, "crop": None})
+    hook.remove()
+    assert set(seen) == {(224, 224)} and "tile" not in record and record["eval_size"] == [224, 224]
+
+
 def test_predict_sees_tiles_as_the_fit_did_unless_told_otherwise(fitted, wide):
     model = fitted[0]
     path = str(wide / "test/square/0.png")

@@ -1,6 +1,7 @@
 """What a model sees: images without their info bar, on their set's intensity scale, without what masks ignore."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from zoo.evaluation import evaluate
 from zoo.fit import fit
 from zoo.hub import from_pretrained
 from zoo.image import image_size, read_image, resize
+from zoo.inference import find_ignore, find_images
 from zoo.run import RunOptions
 from zoo.view import View, look_at
 
@@ -62,6 +64,15 @@ def dim(tiffs):
     options = {"intensity": "percentile"}
     model, record = fit("padim", str(tiffs / "normal"), **TINY, data_options=options, run=RunOptions(say=said.append))
     return model, record, " ".join(said)
+
+
+@pytest.fixture
+def calibrated(tiffs, zoo_home):
+    """Model m of the registry: fitted on these with a scale, and with a stated rate."""
+    data = str(tiffs / "normal")
+    small = ["--input-size", "64", "--dims", "10", "--intensity", "percentile"]
+    assert main(["fit", "padim", "--preset", "lite", "--data", data, "--name", "m", *small]) == 0
+    assert main(["calibrate", "m", "--data", data, "--false-alarm-rate", "0.14"]) == 0
 
 
 # ---- info bars -------------------------------------------------------------------------------------------------------
@@ -204,10 +215,10 @@ def test_float_images_without_a_full_scale_need_percentiles(tmp_path):
     with pytest.raises(ZooError, match="--intensity percentile"):
         fit("padim", data, **TINY)
     model, _ = fit("padim", data, **TINY, data_options={"intensity": "percentile"})
-    assert model.view.floats and model.view.high > 1
+    assert model.view.floats and model.view.high > 1 and model.view.tensor(np.float32([[1e9] * 8] * 8)).max() == 1
     image = tifffile.imread(tmp_path / "counts/good/0.tif")
     assert np.isfinite(model.predict(image).score)
-    with pytest.raises(ZooError, match="float images without a full scale"):
+    with pytest.raises(ZooError, match="float images by their values"):
         model.predict(image.astype(np.uint16))
     unit, _ = fit("padim", float_folder(tmp_path / "unit", 1 / 65535), **TINY)
     assert not unit.view.floats and unit.view.low is None
@@ -274,8 +285,6 @@ def test_scores_do_not_look_at_what_is_ignored(square, mvtec):
 
 def test_masks_by_name_and_the_folder_beside_the_images(square, mvtec, tmp_path):
     """A mask of each image's name; a folder `ignore` in the data needs no option."""
-    import shutil
-
     data = tmp_path / "data"
     shutil.copytree(mvtec, data)
     for i in range(3):
@@ -449,3 +458,105 @@ def test_zoo_data_prepare_leaves_the_bar_out(tiffs, tmp_path, zoo_home):
     np.testing.assert_allclose(np.asarray(read_image(row["image"]), dtype=np.float32), expected, atol=1)
     again = ["data", "prepare", str(tiffs / "normal"), "--size", "64", "--out", str(tmp_path / "store")]
     assert main(again) == 0 and main([*again, "--info-bar", "none"]) == 2
+
+
+# ---- together --------------------------------------------------------------------------------------------------------
+
+
+def test_percentiles_see_all_columns_and_channels():
+    """Lines of a pitch that divides the image's width, and a colour, would hide from an even step."""
+    lines = np.full((1024, 1024), 20000, np.uint16)
+    lines[:, 5::16] = 50000
+    view = look_at(View(), [lines], "none", "percentile")
+    assert view.low < 20000 / 65535 and view.high > 50000 / 65535
+    colour = np.zeros((768, 1024, 3), np.uint8)
+    colour[..., 0], colour[..., 2] = 99, 250
+    assert look_at(View(), [colour], "none", "percentile").high > 250 / 255
+
+
+def test_no_rate_is_stated_for_images_of_another_size(calibrated, tiffs, tmp_path, capsys):
+    image = tifffile.imread(tiffs / "good.tif")
+    tifffile.imwrite(tmp_path / "half.tif", image[:200, :200])
+    assert from_pretrained("m").predict(image).is_anomalous is False
+    other = from_pretrained("m").predict(image[:200, :200])
+    assert other.is_anomalous is other.p_value is other.regions is None and other.verdict.endswith("(uncalibrated)")
+    assert main(["predict", "m", str(tmp_path / "half.tif"), "--out", str(tmp_path / "out")]) == 0
+    out = capsys.readouterr().out
+    assert "the rate was stated for images of 320 x 280 pixels" in out and "confidence" not in out
+
+
+def test_a_broken_file_costs_no_result_of_before(calibrated, tiffs, tmp_path, capsys):
+    out, broken = tmp_path / "out", tmp_path / "broken.tif"
+    broken.write_bytes(b"II*\0nothing")
+    assert main(["predict", "m", str(tiffs / "good.tif"), "--out", str(out)]) == 0
+    before = (out / "predictions.json").read_bytes()
+    assert main(["predict", "m", str(broken), "--out", str(out)]) == 2
+    assert "--skip-broken" in capsys.readouterr().err
+    assert (out / "predictions.json").read_bytes() == before
+    assert main(["predict", "m", str(tiffs / "bad.tif"), str(broken), "--out", str(out)]) == 2
+    (row,) = json.loads((out / "predictions.json").read_text())["images"]  # in the same batch, and done
+    assert row["image"].endswith("bad.tif")
+
+
+def test_images_beyond_the_scale_are_told_of(calibrated, tiffs, tmp_path, capsys):
+    bright = tifffile.imread(tiffs / "good.tif").astype(np.uint32) * 6
+    tifffile.imwrite(tmp_path / "bright.tif", bright.clip(0, 65535).astype(np.uint16))
+    assert (
+        main(["predict", "m", str(tmp_path / "bright.tif"), str(tiffs / "good.tif"), "--out", str(tmp_path / "o")]) == 0
+    )
+    out = capsys.readouterr().out
+    assert f"Of {tmp_path / 'bright.tif'} more than 10 % of the pixels lie beyond the model's" in out
+
+
+def test_a_model_of_a_store_knows_the_bars_of_the_originals(tiffs, tmp_path, zoo_home):
+    assert main(["data", "prepare", str(tiffs / "normal"), "--size", "64", "--out", str(tmp_path / "store")]) == 0
+    model, _ = fit("padim", str(tmp_path / "store"), **TINY)
+    assert set(model.view.bars) == {(64, 64, 0), (280 + BAR, 320, BAR)}
+    image = tifffile.imread(tiffs / "good.tif")
+    assert model.predict(image).score == model.predict(with_bar(image[:280], "another")).score
+    kept = ["data", "prepare", str(tiffs / "normal"), "--size", "64", "--out", str(tmp_path / "kept")]
+    assert main([*kept, "--info-bar", "none"]) == 0
+    assert fit("padim", str(tmp_path / "kept"), **TINY)[0].view.info_bar == "none"
+    assert View(info_bar="auto", bars=((64, 64, 0),)).with_bars([[64, 64, 9]]).bars == ()
+
+
+def test_masks_of_a_folder_are_found_from_inside_it(mvtec, tmp_path, zoo_home):
+    data = tmp_path / "data"
+    shutil.copytree(mvtec / "test", data / "test")
+    ignore_file(data / "test/ignore/square/000.png")
+    inside = data / "test/square"
+    images = find_images([inside], tmp_path / "out")
+    for place in (None, str(data / "test/ignore")):
+        masks = find_ignore(place, [inside], images)
+        assert [name for name in images if masks.of(name) is not None] == ["000"]
+
+
+def test_a_tensor_is_a_mask_too(square, mvtec):
+    image = sorted((mvtec / "test/square").iterdir())[0]
+    hidden = np.arange(96)[:, None].repeat(96, 1) < 48
+    assert square.predict(image, ignore=torch.from_numpy(hidden)).score == square.predict(image, ignore=hidden).score
+
+
+def test_the_mask_picture_leaves_out_what_is_ignored(calibrated, tiffs, tmp_path):
+    """Also where all that is looked at is anomalous, so that the map's lowest value is."""
+    ignore = ignore_file(tmp_path / "ignore.png", slice(0, 280), (280 + BAR, 320))
+    mask = np.asarray(Image.open(ignore)).copy()
+    mask[110:130, 110:130] = 0
+    Image.fromarray(mask).save(ignore)
+    args = ["predict", "m", str(tiffs / "bad.tif"), "--out", str(tmp_path / "o"), "--ignore", ignore]
+    assert main(args) == 0
+    (row,) = json.loads((tmp_path / "o/predictions.json").read_text())["images"]
+    picture = np.asarray(Image.open(tmp_path / "o" / row["mask"])) > 0
+    assert 0 < picture.sum() == sum(region["area"] for region in row["regions"]) <= 400
+
+
+def test_a_score_that_is_no_number_is_no_verdict(square):
+    with pytest.raises(ZooError, match="no number to judge by"):
+        square._verdict(float("nan"), np.zeros((8, 8), np.float32))
+
+
+def test_float_images_are_not_broken_before_their_scale_is_known(tmp_path):
+    data = float_folder(tmp_path / "counts", 0.5)
+    (tmp_path / "counts/good/bad.tif").write_bytes(b"II*\0")
+    model, record = fit("padim", data, **TINY, data_options={"intensity": "percentile", "skip_broken": True})
+    assert record["train_data"]["broken"] == 1 and model.view.floats

@@ -27,7 +27,7 @@ from zoo.calibration import (
 )
 from zoo.cards import render_card
 from zoo.data import DataSpec, check_data, load_data, load_ignore
-from zoo.data.datamodule import AnomalyDataModule
+from zoo.data.datamodule import HOLDOUT_BATCH, AnomalyDataModule
 from zoo.data.ignore import IgnoreMasks
 from zoo.errors import ZooError
 from zoo.evaluation import described
@@ -41,6 +41,7 @@ from zoo.trainer import ending, first_speaks, say_broken
 from zoo.view import View
 
 PIXEL_QUANTILE = 0.999
+SIZES = 16  # of calibrated images, to be told from others; where there are more, any size may come
 PIXEL_SHIFT = 7  # bits of a pixel's score that its quantiles do without: exact to 2^-16 of the value, in a small table
 
 
@@ -86,7 +87,7 @@ def calibrate(
     model.precision = run.precision
     if options.tile is not None:
         model.view = replace(model.view, tile=options.tile or None)
-    ignore = load_ignore(spec, options.ignore)
+    ignore = load_ignore(spec, options.ignore, run.say)
     modules = [_module(rows, model, ignore, options) for rows in unseen.parts]
     loaders = [module.test_dataloader() for module in modules if len(module.test_set)]
     with ending("calibration"):
@@ -98,7 +99,7 @@ def calibrate(
     found = calibrated(normals.scores, normals.levels, rate, normals.quantile(0.5), min_area, run.precision)
     if found.pixel_threshold <= LOWEST / 2:
         raise ZooError(f"--min-area {min_area} is more than these images have pixels; lower it.")
-    model.calibration = found
+    model.calibration = found = replace(found, sizes=normals.sizes)
     about = {
         "normals": len(normals.rows),
         **_stated(found),
@@ -157,10 +158,8 @@ def _stated(found: Calibration) -> dict[str, float]:
 
 
 class _Unseen(NamedTuple):
-    """Normal images by split, how many copies of them were left out, and whether their content could be checked.
-
-    `own`: they are of the data that the model was fitted on.
-    """
+    """Normal images by split, how many copies of them were left out, whether their content could be checked, and
+    whether they are of the data that the model was fitted on."""
 
     parts: list[Dataset]
     repeated: int
@@ -243,7 +242,8 @@ def _is_own(spec: DataSpec, folder: Path) -> bool:
 
 def _module(rows: Dataset, model: AnomalyModule, ignore: IgnoreMasks | None, options: DataOptions) -> AnomalyDataModule:
     data = DatasetDict(train=rows.select([]), test=rows)
-    return AnomalyDataModule(data, input_size=model.size, view=model.view, ignore=ignore, **options.loading())
+    loading = options.loading() | {"batch_size": min(options.batch_size, HOLDOUT_BATCH)}  # they may be large
+    return AnomalyDataModule(data, input_size=model.size, view=model.view.native(), ignore=ignore, **loading)
 
 
 def _shown(loaders: list[Iterable[list[Batch]]], run: RunOptions) -> Iterable[Batch]:
@@ -257,10 +257,11 @@ def _shown(loaders: list[Iterable[list[Batch]]], run: RunOptions) -> Iterable[Ba
 
 
 class Normals(NamedTuple):
-    """Name, score and level of normal images, and the rank table (n, 4) of their pixels."""
+    """Name, score and level of normal images, the rank table (n, 4) of their pixels, and their (height, width)."""
 
     rows: list[tuple[str, float, float]]
     table: torch.Tensor
+    sizes: list[list[int]]
 
     @property
     def scores(self) -> list[float]:
@@ -290,6 +291,7 @@ def score_normals(model: AnomalyModule, batches: Iterable[Batch], min_area: int 
         Those of all processes.
     """
     rows: list[tuple[str, float, float]] = []
+    sizes: set[tuple[int, ...]] = set()
     tables, shift = [torch.zeros(0, 4, dtype=torch.int64, device=model.device)], PIXEL_SHIFT
     for batch in batches:
         batch = batch.to(model.device)
@@ -297,14 +299,19 @@ def score_normals(model: AnomalyModule, batches: Iterable[Batch], min_area: int 
             scores = model.score_images(batch.image, batch.roi)
         maps = scores.map if batch.roi is None else scores.map.masked_fill(~batch.roi, -torch.inf)
         levels = [region_level(map, min_area) for map in maps[:, 0].cpu().numpy()]
-        rows += zip(batch.name, scores.image.tolist(), levels, strict=True)
+        found = list(zip(batch.name, scores.image.tolist(), levels, strict=True))
+        if bad := next((name for name, *numbers in found if not all(map(math.isfinite, numbers))), None):
+            raise ZooError(f"{bad} has a score that is no finite number; fit or calibrate with --precision 32-true.")
+        rows += found
+        sizes.add(tuple(batch.image.shape[-2:]))
         none = torch.zeros_like(scores.map, dtype=torch.bool)
         tables, shift = ranking.add(tables, shift, scores.map, none, batch.roi)
-    rows, parts = ranks.gather_list(rows), ranks.gather((torch.cat(tables).cpu(), shift))
+    rows, parts = ranks.gather_list(rows), ranks.gather((torch.cat(tables).cpu(), shift, sizes))
     if not rows:
-        return Normals([], tables[0])
-    table, _ = ranking.merge(torch.cat([table for table, _ in parts]), max(shift for _, shift in parts))
-    return Normals(rows, table)
+        return Normals([], tables[0], [])
+    table, _ = ranking.merge(torch.cat([table for table, *_ in parts]), max(shift for _, shift, _ in parts))
+    all_sizes = sorted(set().union(*(sizes for *_, sizes in parts)))
+    return Normals(rows, table, [list(size) for size in all_sizes] if len(all_sizes) <= SIZES else [])
 
 
 def calibrate_on_heldout(

@@ -3,7 +3,8 @@
 A calibrated threshold lies just above an order statistic of n normal images that nothing has learned from (Wilks,
 "Determination of sample sizes for setting tolerance limits", Ann. Math. Stat. 12, 1941). If more than a share `rate` of
 all normal images lay above it, then so few of n would do so with a probability of at most 5 %, whatever the
-distribution of the scores, ties included. It takes images that are drawn independently, as later ones will be.
+distribution of the scores, ties included. It takes images that are drawn independently, as later ones will be, and that
+differ: of copies, pixel by pixel, one counts.
 """
 
 import math
@@ -33,6 +34,7 @@ class Calibration:
         levels: of their maps, ascending (`zoo.regions.region_level`); empty until calibrated.
         min_area: pixels that a region has at least.
         precision: that they were scored in; None until calibrated.
+        sizes: (height, width) of the images, without info bars, where they are few; else empty.
 
     Raises:
         ValueError: values that no calibration gives.
@@ -48,6 +50,7 @@ class Calibration:
     levels: list[float] = field(default_factory=list)
     min_area: int = 1
     precision: str | None = None
+    sizes: list[list[int]] = field(default_factory=list)
 
     def __post_init__(self):
         numbers = [*self.scores, *self.levels, self.image_threshold, self.pixel_threshold, self.pixel_median]
@@ -158,6 +161,8 @@ def allowed_above(n: int, rate: float) -> int:
     import numpy as np
     from scipy.special import bdtr
 
+    if n < normals_needed(rate):
+        return -1
     return int(np.count_nonzero(bdtr(np.arange(n + 1), n, rate) <= 1 - CONFIDENCE)) - 1
 
 
@@ -170,10 +175,9 @@ def supported_rate(n: int) -> float:
 
 def normals_needed(rate: float) -> int:
     """The fewest normals that support a rate."""
-    n = max(1, math.floor(math.log1p(-CONFIDENCE) / math.log1p(-rate)) - 1)
-    while allowed_above(n, rate) < 0:
-        n += 1
-    return n
+    least = math.log1p(-CONFIDENCE) / math.log1p(-rate)  # (1 - rate)^n = 5 %
+    near = round(least)
+    return max(1, near if math.isclose(least, near, rel_tol=1e-12) else math.ceil(least))
 
 
 def check_rate(rate: float) -> float:

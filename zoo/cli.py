@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from zoo import checkpoint, hub
-from zoo.calibration import check_rate, restored, supported_rate
+from zoo.calibration import check_rate, normals_needed, restored, supported_rate
 from zoo.cards import METRICS
 from zoo.data import FORMS, check_data
 from zoo.data.export import export_data
@@ -26,6 +26,7 @@ from zoo.options import (
     add_trainer_options,
     add_view_options,
     before_parsing,
+    check_tile,
     data_values,
     make_parser,
     parse,
@@ -212,9 +213,11 @@ def fit(argv: list[str]) -> None:
     following, held = f"predict {options.name} PATH --out DIR", record["train_data"]["held_out"]
     if tested:
         following = f"evaluate {options.name} --data {options.data}"
-    elif held and trainer_options["select"] != "normal":
+    elif held and record["configuration"].get("trainer", {}).get("select") != "normal":  # that one looks at them
         rate = max(0.01, supported_rate(held))
         following = f"calibrate {options.name} --data {options.data} --false-alarm-rate {rate:g}"
+        if rate > 0.01:
+            following += f"   # 0.01 takes {normals_needed(0.01)} images: --hold-out, or another --data"
     print(
         f"{verb} {options.name} in {place} "
         f"(fit {record['seconds']['fit']:.1f} s, peak memory {record['peak_memory_mb']:.0f} MB).\nNext: zoo {following}"
@@ -287,24 +290,28 @@ def predict(argv: list[str]) -> None:
     if options.batch_size < 1:
         raise ZooError(f"--batch-size is at least 1, not {options.batch_size}.")
     images = find_images(options.paths, Path(options.out))
+    check_tile(options.tile)
     ignore = find_ignore(options.ignore, options.paths, images)
     model = hub.from_pretrained(folder)
     run = run_of(options, model.precision)
     out, size = Path(options.out), options.batch_size
     rows = predict_files(model, images, out, size, options.skip_broken, run, ignore, options.tile)
-    found = sum(row["verdict"].startswith("anomalous") for row in rows)
-    called = f"{found} called anomalous" if model.calibration else "without verdicts"
-    if model.calibration and model.calibration.calibrated:
-        called += f" ({model.calibration.promise()})"
-    print(f"Scored {len(rows)} images, {called}; results are in {options.out}.")
-    if not model.calibration:
+    known, found = model.calibration, sum(row["verdict"].startswith("anomalous") for row in rows)
+    stated = any(row["is_anomalous"] is not None for row in rows)
+    called = f"{found} called anomalous" if known else "without verdicts"
+    if stated:
+        called += f" ({known.promise()})"
+    if more := sum(bool(row["num_regions"]) and not row["is_anomalous"] for row in rows):
+        called += f", {more} more with regions"
+    print(f"Scored {len(rows)} image{'s' * (len(rows) != 1)}, {called}; results are in {options.out}.")
+    if not known:
         print("The model has no threshold: its fit held no images out, or was stopped before it scored them.")
+    elif known.calibrated and known.precision != model.precision:
+        print(f"The verdicts are uncalibrated: the rate was stated in {known.precision}, not in {model.precision}.")
     elif options.tile is not None and (options.tile or None) != model.view.tile:
         print("The verdicts are uncalibrated: --tile is not that of the model, so its threshold is of other scores.")
-    elif not model.calibration.calibrated:
+    elif not known.calibrated:
         print("The verdicts are uncalibrated: the threshold comes from a few held-out normals, no rate is stated.")
-    elif model.calibration.precision != model.precision:
-        print(f"The rate was stated in {model.calibration.precision}, and doesn't hold in {model.precision}.")
     elif ignore is None and checkpoint.read_json(folder / checkpoint.RECORD).get("calibration", {}).get("ignored"):
         print("The rate was stated with ignore masks, and may not hold without them; give --ignore.")
 
@@ -319,7 +326,10 @@ def calibrate(argv: list[str]) -> None:
         "--false-alarm-rate", type=float | None, default=None, help="highest share of normal images that is anomalous"
     )
     parser.add_argument(
-        "--min-area", type=int | None, default=None, help="pixels that a region has at least; null: 1, or as before"
+        "--min-area",
+        type=int | None,
+        default=None,
+        help="pixels that a region has at least; null: 1, or what it was, without --data",
     )
     add_data_options(parser, {})
     add_run_options(parser, precision=None)
@@ -332,6 +342,8 @@ def calibrate(argv: list[str]) -> None:
     if options.min_area is not None and options.min_area < 1:
         raise ZooError(f"--min-area is at least 1 pixel, not {options.min_area}.")
     if not options.data:
+        if given := [key for key in ("tile", "ignore", "precision") if options[key] is not None]:
+            raise ZooError(f"--{given[0]} needs the images anew: give --data with it.")
         known = restored(config["calibration"]).at_rate(rate)
         if options.min_area not in (None, known.min_area):
             raise ZooError("Regions of another area need the images anew: give --data with --min-area.")
@@ -350,8 +362,9 @@ def calibrate(argv: list[str]) -> None:
     else:
         known = calibration.change_rate(folder, rate)
     print(
-        f"Calibrated {options.name}: {known.promise()}.\nImages are anomalous from a score of "
-        f"{known.image_threshold:.6g}, pixels from {known.pixel_threshold:.6g}, each at that rate of images.\n"
+        f"Calibrated {options.name}: {known.promise()}.\nAn image is anomalous from a score of "
+        f"{known.image_threshold:.6g}. A region is {known.min_area} or more connected pixels of at least "
+        f"{known.pixel_threshold:.6g} in its map; that any is shown has the same rate, by itself.\n"
         f"Next: zoo predict {options.name} PATH --out DIR"
     )
 

@@ -54,6 +54,7 @@ def evaluate(
         missing = "normal" if not spec.counts["test"][0] else "anomalous"
         raise ZooError(f"--data {data} has no {missing} test images; metrics need both classes.")
     options, given = DataOptions(**(data_options or {})), data_options or {}
+    resized = given.get("resize") is not None
     chosen = model.selection is not None and model.selection["fingerprint"] == spec.origin
     if chosen and model.selection.get("test", spec.counts["test"]) != spec.counts["test"]:
         here, then = sum(spec.counts["test"]), sum(model.selection["test"])
@@ -71,12 +72,12 @@ def evaluate(
         )
     elif seen:
         run.say("The step was chosen on test images of other data; where the two share images, figures are too good.")
-    ignore = load_ignore(spec, options.ignore)
+    ignore = load_ignore(spec, options.ignore, run.say)
     start = time.perf_counter()
-    with quiet(), ending("evaluation"), model.seen_in_tiles(options.tile):
+    with quiet(), ending("evaluation"), model.seen_in_tiles(0 if resized else options.tile):
         tile, view = model.view.tile, model.view
-        if "resize" in given:
-            view = replace(view, resize=given["resize"], crop=given.get("crop"), tile=None)
+        if resized:
+            view = replace(view, resize=given["resize"], crop=given.get("crop"))
         module = AnomalyDataModule(split, input_size=model.size, view=view, ignore=ignore, **options.loading())
         trainer = make_trainer(run)
         others = _by_other_scores(model, trainer, module)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from datasets import DatasetDict
 from zoo import checkpoint, hub, record, seen
 from zoo.calibrate import calibrate_on_heldout
 from zoo.callbacks import NotFinite
-from zoo.data import DataSpec, check_data, encoded, load_data, load_ignore, load_pairs
+from zoo.data import DataSpec, check_data, encoded, load_data, load_ignore, load_pairs, store
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import SEED, validation_half
 from zoo.errors import ZooError
@@ -112,10 +112,10 @@ def fit(
         fingerprint=spec.fingerprint,
         use_defects=model.uses_defects,
         view=View(options.resize, options.crop, tile=options.tile),
-        ignore=load_ignore(spec, options.ignore),
+        ignore=load_ignore(spec, options.ignore, run.say),
         **options.loading(),
     )
-    model.view = module.look(options.info_bar, options.intensity)
+    model.view = _of_originals(module.look(options.info_bar, options.intensity), spec)
     _say_view(model.view, run)
     wanted = _takes_pairs(method) and not arguments.get("inpainting_pairs")
     own = wanted and _give_pairs(model, spec, module, run)
@@ -193,11 +193,22 @@ def fit(
     return model, result
 
 
+def _of_originals(view: View, spec: DataSpec) -> View:
+    """The view for images as they are predicted: of a prepared set, for those that it was made from."""
+    if spec.kind != "store" or view.info_bar == "none":
+        return view
+    source = store.read_index(spec.path)["source"]
+    kept = source.get("info_bar") == "none"  # the store has the bars in it
+    return replace(view, info_bar="none", bars=()) if kept else view.with_bars(source.get("bars", ()))
+
+
 def _say_view(view: View, run: RunOptions) -> None:
     view.say_bars(run.say)
     if view.low is not None:
         unit = "" if view.floats else " of the full scale"
         run.say(f"Black is {view.low:.4g} and white {view.high:.4g}{unit}, from percentiles of the training images.")
+        if not view.floats and view.low <= 0 and view.high >= 1:
+            run.say("That is the full scale: text of an info bar, or clipped pixels, may be among them.")
 
 
 def _train_only(spec: DataSpec) -> DatasetDict:

@@ -1,6 +1,7 @@
 """Predict over files and folders: overlays, masks, a CSV and a JSON file, written as the images are done."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,12 +10,14 @@ from zoo.data.ignore import FOLDER as IGNORED
 from zoo.data.ignore import IgnoreMasks
 from zoo.errors import ZooError
 from zoo.image import EXTENSIONS
+from zoo.paths import user_path
 from zoo.run import RunOptions, device_of
 
 if TYPE_CHECKING:  # imported on use: paths are checked before torch is loaded
-    from zoo.module import AnomalyModule
+    from zoo.module import AnomalyModule, Brought, Prediction
 
 MASK_FOLDERS = ("masks", "ground_truth", "train_masks")  # beside the images of a data set
+OFF_SCALE = 0.1  # of an image's pixels beyond the black and white of its set, where percentiles left out 0.2 %
 COLUMNS = ("image", "score", "p_value", "is_anomalous", "verdict", "num_regions", "heatmap", "mask")
 
 
@@ -56,18 +59,48 @@ def find_images(paths: Sequence[str | Path], out: Path) -> dict[str, Path]:
 
 
 def find_ignore(place: str | None, paths: Sequence[str | Path], images: dict[str, Path]) -> IgnoreMasks | None:
-    """The ignore masks that are asked for, else those in the folder `ignore` of the one folder that is scored.
+    """The ignore masks that are asked for, else those in a folder `ignore` in or beside the one folder that is scored.
 
     Raises:
         ZooError: as `IgnoreMasks`, and masks of which none fits an image.
     """
-    if place is None and len(paths) == 1 and (Path(paths[0]) / IGNORED).is_dir():
-        place = Path(paths[0]) / IGNORED
+    if len(paths) == 1:
+        folder = Path(paths[0]).resolve()
+        beside = folder.parent / IGNORED if place is None else user_path(place)
+        if place is None and (folder / IGNORED).is_dir():
+            place = folder / IGNORED
+        elif folder.is_dir() and (beside / folder.name).is_dir():  # of data/good it is data/ignore/good
+            place = beside / folder.name
     if place is None:
         return None
     masks = IgnoreMasks(place)
-    masks.check(list(images))
+    masks.check(list(images), print)
     return masks
+
+
+@dataclass
+class Found:
+    """What a process has done of its share: rows by name, and images that are to be told of."""
+
+    rows: dict[str, dict[str, Any]] = field(default_factory=dict)
+    broken: list[str] = field(default_factory=list)  # reasons
+    other_size: list[str] = field(default_factory=list)  # than the rate was stated for
+    off_scale: list[str] = field(default_factory=list)  # pixels beyond the black and white of the set
+
+    def lines(self, model: "AnomalyModule") -> Iterator[str]:
+        """What is said of them."""
+        yield from (f"Left out: {reason}" for reason in self.broken)
+        if self.other_size:
+            sizes = ", ".join(f"{width} x {height}" for height, width in model.calibration.sizes)
+            yield (
+                f"Uncalibrated are {_some(self.other_size)}: the rate was stated for images of {sizes} pixels; "
+                "calibrate with such images, or see larger ones by --tile."
+            )
+        if self.off_scale:
+            yield (
+                f"Of {_some(self.off_scale)} more than {100 * OFF_SCALE:g} % of the pixels lie beyond the model's "
+                "black and white: were they taken as its training images were?"
+            )
 
 
 def predict_files(
@@ -95,42 +128,49 @@ def predict_files(
         One row an image, with the keys of `COLUMNS`, `pixel_nm` and `regions`, in the order of `images`.
 
     Raises:
-        ZooError: a broken image, named; what was done before is written.
+        ZooError: a broken image, named; what was done before is written, or if that is nothing, nothing is.
     """
     if out.exists() and not out.is_dir():
         raise ZooError(f"--out {out} is a file; name a folder.")
     rank, world = ranks.connect()
     model.to(device_of(run.device))
     model.precision = run.precision
-    rows: dict[str, dict[str, Any]] = {}
-    broken: list[str] = []
-    failure: BaseException | None = None
-    try:
-        share = dict(list(images.items())[rank::world])
-        left_out, progress = broken if skip_broken else None, run.progress and not rank
-        with model.seen_in_tiles(tile):
-            _predict_files(model, share, out, batch_size, ignore, left_out, progress, rows)
-    except BaseException as error:  # whatever stops it, what was done is listed
-        failure = error
-    parts = ranks.gather((rows, broken, None if failure is None else str(failure) or repr(failure)))
-    rows = {name: row for part, *_ in parts for name, row in part.items()}
-    done = [rows[name] for name in images if name in rows]
-    for _, reasons, _ in parts:
-        for reason in reasons:
-            run.say(f"Left out: {reason}")
-    if rank == 0:
-        lines = [["" if row[key] is None else row[key] for key in COLUMNS] for row in done]
-        checkpoint.write_text(out / "predictions.csv", checkpoint.csv_text(COLUMNS, lines))
-        thresholds = model.calibration.to_dict() if model.calibration else {}
-        thresholds = {key: value for key, value in thresholds.items() if key not in ("scores", "levels")}
-        report = {"method": model.method, "calibration": thresholds or None, "images": done}
-        checkpoint.write_text(out / "predictions.json", checkpoint.dump(report))
+    own, failure = Found(), None
+    with model.seen_in_tiles(tile):
+        try:
+            share = dict(list(images.items())[rank::world])
+            _predict_files(model, share, out, batch_size, ignore, skip_broken, run.progress and not rank, own)
+        except BaseException as error:  # whatever stops it, what was done is listed
+            failure = error
+        parts = ranks.gather((own, None if failure is None else str(failure) or repr(failure)))
+        found = Found(*(_joined([getattr(part, key.name) for part, _ in parts]) for key in fields(Found)))
+        done = [found.rows[name] for name in images if name in found.rows]
+        for line in found.lines(model):
+            run.say(line)
+        reasons = [reason for _, reason in parts if reason is not None]
+        if rank == 0 and (done or not reasons):  # else an earlier run's lists stay
+            about = {"ignore_masks": ignore is not None, "tile": model.view.tile}
+            _write_lists(out, done, {"method": model.method, "calibration": _thresholds(model), **about})
     if failure is not None:
         raise failure
-    for *_, reason in parts:
-        if reason is not None:
-            raise ZooError(reason)
+    if reasons:
+        raise ZooError(reasons[0])
     return done
+
+
+def _write_lists(out: Path, done: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    lines = [["" if row[key] is None else row[key] for key in COLUMNS] for row in done]
+    checkpoint.write_text(out / "predictions.csv", checkpoint.csv_text(COLUMNS, lines))
+    checkpoint.write_text(out / "predictions.json", checkpoint.dump(about | {"images": done}))
+
+
+def _thresholds(model: "AnomalyModule") -> dict[str, Any] | None:
+    """The calibration without its scores, as far as it holds."""
+    known = model.thresholds()
+    if known is None:
+        return None
+    kept = {key: value for key, value in known.to_dict().items() if key not in ("scores", "levels")}
+    return kept | {"normals": len(known.scores)}
 
 
 def _predict_files(
@@ -139,38 +179,63 @@ def _predict_files(
     out: Path,
     batch_size: int,
     ignore: IgnoreMasks | None,
-    broken: list[str] | None,
+    skip_broken: bool,
     progress: bool,
-    rows: dict[str, dict[str, Any]],
+    found: Found,
 ) -> None:
-    """Score this process's files; `rows` fills as they are done, `broken` with reasons unless it is None."""
+    """Score this process's files; `found` fills as they are done."""
     from rich.progress import track
-
-    from zoo import plots
 
     names = list(images)
     size = 1 if model.view.tile else batch_size
     chunks = [names[i : i + size] for i in range(0, len(names), size)]
     for chunk in track(chunks, "Scoring", disable=not progress):
-        brought = {}
+        brought, failure = {}, None
         for name in chunk:
             try:
                 brought[name] = model.bring(images[name], ignore.of(name) if ignore else None)
             except ZooError as error:
-                if broken is None:
-                    raise ZooError(f"{str(error).rstrip('.')}; --skip-broken leaves it out") from error
-                broken.append(str(error))
+                found.broken += [str(error)] if skip_broken else []
+                if not skip_broken:
+                    failure = error
+                    break
         predictions = model.predict_brought(brought.values(), batch_size)
         for (name, image), prediction in zip(brought.items(), predictions, strict=True):
-            row = {"image": str(images[name]), "score": prediction.score, "p_value": prediction.p_value}
-            row |= {"is_anomalous": prediction.is_anomalous, "verdict": prediction.verdict}
-            row["pixel_nm"], regions = prediction.pixel_nm, prediction.regions
-            row["regions"] = None if regions is None else [region.described(prediction.pixel_nm) for region in regions]
-            row["num_regions"] = None if regions is None else len(regions)
-            row |= {"heatmap": f"heatmaps/{name}.png", "mask": None}
-            shown = plots.overlay(model.view.shown(image.array), prediction.map, model.calibration)
-            plots.save_png(out / row["heatmap"], shown)
-            if model.calibration:
-                row["mask"] = f"masks/{name}.png"
-                plots.save_png(out / row["mask"], plots.mask(prediction.map, model.calibration))
-            rows[name] = row
+            found.rows[name] = _row(name, images[name], image, prediction, model, out)
+            if model.thresholds() != model.thresholds(tuple(image.image.shape[-2:])):
+                found.other_size.append(str(images[name]))
+            if model.view.low is not None and model.view.off_scale(image.image) > OFF_SCALE:
+                found.off_scale.append(str(images[name]))
+        if failure is not None:
+            raise ZooError(f"{str(failure).rstrip('.')}; --skip-broken leaves such images out") from failure
+
+
+def _row(
+    name: str, path: Path, image: "Brought", prediction: "Prediction", model: "AnomalyModule", out: Path
+) -> dict[str, Any]:
+    """What the lists say of an image, whose pictures are written."""
+    from zoo import plots
+
+    regions = prediction.regions
+    row = {"image": str(path), "score": prediction.score, "p_value": prediction.p_value}
+    row |= {"is_anomalous": prediction.is_anomalous, "verdict": prediction.verdict, "pixel_nm": prediction.pixel_nm}
+    row["regions"] = None if regions is None else [region.described(prediction.pixel_nm) for region in regions]
+    row["num_regions"] = None if regions is None else len(regions)
+    row |= {"heatmap": f"heatmaps/{name}.png", "mask": None}
+    shown = plots.overlay(model.view.shown(image.array), prediction.map, model.calibration)
+    plots.save_png(out / row["heatmap"], shown)
+    if model.calibration:
+        row["mask"] = f"masks/{name}.png"
+        plots.save_png(out / row["mask"], plots.mask(prediction.map, model.calibration) & image.looked_at())
+    return row
+
+
+def _joined(parts: list[Any]) -> Any:
+    """Lists, or dicts, of all processes as one."""
+    if isinstance(parts[0], dict):
+        return {key: value for part in parts for key, value in part.items()}
+    return [value for part in parts for value in part]
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{len(names):,} images, such as {names[0]}"

@@ -1,5 +1,6 @@
 """The one contract of all methods: images in, raw anomaly scores and maps out."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
@@ -47,16 +48,23 @@ class Brought(NamedTuple):
     roi: Tensor | None
     pixel_nm: float | None
 
+    def looked_at(self) -> np.ndarray:
+        """What of the array counts, (H, W) bool: neither the info bar nor what is ignored."""
+        seen = np.zeros(self.array.shape[:2], dtype=bool)
+        seen[: self.image.shape[-2]] = True if self.roi is None else self.roi[0].numpy()
+        return seen
+
 
 class Prediction(NamedTuple):
     """What `predict` says of one image.
 
     Attributes:
         score: raw image score, higher = more anomalous.
-        map: raw anomaly map, float32 (H, W), at the image's own size; where nothing was looked at (info bar, ignore
-            mask) it has its lowest value.
-        p_value: share of normal images that score as high; None until the model is calibrated.
-        is_anomalous: the calibrated verdict; None until the model is calibrated.
+        map: raw anomaly map, float32 (H, W), at the image's own size (of a Trainer's `predict`, at that of the batch);
+            where nothing was looked at (info bar, ignore mask) it has its lowest value.
+        p_value: share of normal images that score as high; None until the model is calibrated, and for an image of
+            another size, in another precision or in other tiles than the calibrated ones.
+        is_anomalous: the calibrated verdict; None likewise.
         verdict: the same in words; before calibration it applies the fit's default threshold and says so.
         regions: what reaches the calibrated pixel threshold, by falling peak; None until the model is calibrated.
         pixel_nm: side of a pixel in nm, where the image's file tells.
@@ -102,7 +110,7 @@ class AnomalyModule(LearningModule):
         self.calibration: Calibration | None = None
         self.preset: str | None = None
         self.selection: dict[str, Any] | None = None  # metric, data, seed and size of what chose the weights
-        self.view = View()
+        self.view, self._other_tiles = View(), False
         self.metrics = AnomalyMetrics()
         self.scored: list[tuple[str, int, float]] = []  # (name, label, score) of the last validation or test
         self.unmarked: list[str] = []  # anomalous ones without a defect pixel in their masks, as scored
@@ -185,7 +193,7 @@ class AnomalyModule(LearningModule):
                 these, or a stacked (N, ...) array or tensor, gives a list.
             batch_size: images of equal size that go through the network at once; of images in tiles it is one.
             ignore: what is not to be looked at: a mask (H, W) for all images, or a list of one mask or None for each;
-                a mask is a bool array or whatever `zoo.image.read_mask` takes, white where to ignore.
+                a mask is a bool array or tensor, or whatever `zoo.image.read_mask` takes, white where to ignore.
             tile: side in pixels of the tiles in which larger images are seen; None does as in the fit, 0 sees images as
                 a whole. Verdicts are uncalibrated where it is not that of the calibration.
 
@@ -207,9 +215,10 @@ class AnomalyModule(LearningModule):
             source = _array_of(source)
         sem = read_sem(source)
         is_path = isinstance(source, str | Path)
+        ignore = ignore.cpu().numpy() if isinstance(ignore, Tensor) else ignore
         ignored = ignore if ignore is None or _is_mask(ignore) else read_mask(ignore)
         name = str(source) if is_path else "the image"
-        image, _, roi = replace(self.view, resize=None).see(sem.image, name, sem, ignored=ignored)
+        image, _, roi = self.view.native().see(sem.image, name, sem, ignored=ignored)
         return Brought(sem.image, image[0], None if roi is None else roi[0], sem.pixel_nm)
 
     @torch.inference_mode()
@@ -240,14 +249,13 @@ class AnomalyModule(LearningModule):
         Args:
             tile: side in pixels; None changes nothing, 0 sees images as a whole.
         """
-        view, calibration = self.view, self.calibration
+        view = self.view
         if tile is not None and (tile or None) != view.tile:
-            self.view = replace(view, tile=tile or None)
-            self.calibration = calibration and replace(calibration, calibrated=False)
+            self.view, self._other_tiles = replace(view, tile=tile or None), True
         try:
             yield
         finally:
-            self.view, self.calibration = view, calibration
+            self.view, self._other_tiles = view, False
 
     def _require_fit(self) -> None:
         if not self.is_fitted:
@@ -271,6 +279,17 @@ class AnomalyModule(LearningModule):
         half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
         return torch.autocast(self.device.type, half, enabled=half is not None)
 
+    def thresholds(self, size: tuple[int, int] | None = None) -> Calibration | None:
+        """The calibration as far as it holds: in another precision, in other tiles, or of an image of another size
+        (height, width; None: of one that was calibrated) it states no rate."""
+        known = self.calibration
+        if known is None or not known.calibrated:
+            return known
+        other_size = size is not None and known.sizes and list(size) not in known.sizes
+        if other_size or self._other_tiles or known.precision != self.precision:
+            return replace(known, calibrated=False)
+        return known
+
     def _judge(self, scores: Scores, roi: Tensor | None, heights: Sequence[int] | None = None) -> list[Prediction]:
         maps = scores.map[:, 0].float().cpu().numpy()  # (B, h, w)
         inside = [None] * len(maps) if roi is None else roi[:, 0].cpu().numpy()  # (B, h, w)
@@ -281,17 +300,20 @@ class AnomalyModule(LearningModule):
         return found
 
     def _verdict(self, score: float, map: np.ndarray, roi: np.ndarray | None = None) -> Prediction:
-        if self.calibration is None:
+        if not math.isfinite(score):
+            raise ZooError(f"An image has the score {score}, which is no number to judge by; take --precision 32-true.")
+        known = self.thresholds(map.shape)
+        if known is None:
             return Prediction(score, map)
-        anomalous = score >= self.calibration.image_threshold
+        anomalous = score >= known.image_threshold
         words = "anomalous" if anomalous else "normal"
-        if not self.calibration.calibrated:
+        if not known.calibrated:
             return Prediction(score, map, verdict=f"{words} (uncalibrated)")
         counted = map if roi is None else np.where(roi, map, -np.inf)  # (H, W)
-        regions = find_regions(counted, self.calibration.pixel_threshold, self.calibration.min_area)
-        regions = [region._replace(p_value=self.calibration.region_p_value(region.level)) for region in regions]
-        verdict = f"{words} ({self.calibration.in_words(score)})"
-        return Prediction(score, map, self.calibration.p_value(score), anomalous, verdict, regions)
+        regions = find_regions(counted, known.pixel_threshold, known.min_area)
+        regions = [region._replace(p_value=known.region_p_value(region.level)) for region in regions]
+        verdict = f"{words} ({known.in_words(score)})"
+        return Prediction(score, map, known.p_value(score), anomalous, verdict, regions)
 
     # ---- keeping -----------------------------------------------------------------------------------------------------
 

@@ -11,6 +11,7 @@ from zoo.data import FORMS
 from zoo.errors import ZooError
 from zoo.methods import METHODS, list_methods, method_id, presets, signature
 from zoo.run import RunOptions
+from zoo.view import View
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -48,6 +49,12 @@ def add_view_options(parser: Any) -> None:
     )
 
 
+def check_tile(tile: int | None) -> None:
+    """Raises ZooError for tiles of no use, before torch is loaded."""
+    if tile:
+        View(tile=tile)
+
+
 def add_info_bar_option(parser: Any) -> None:
     parser.add_argument(
         "--info-bar",
@@ -58,6 +65,7 @@ def add_info_bar_option(parser: Any) -> None:
 
 
 def data_values(options: Any) -> dict[str, Any]:
+    check_tile(options.tile)
     return {key: options[key] for key in ("batch_size", "num_workers", "skip_broken", "tile", "ignore")}
 
 
@@ -185,6 +193,7 @@ def _one_sentence(message: str, parser: Any) -> str:
         return f"{parser.prog} has no option {unknown[1]}; {hint}"
     message = re.sub(r"Does not validate.*", "Not a value that it takes", message, flags=re.DOTALL)
     message = re.sub(r'Parser key "(\w+)":', lambda match: f"--{match[1].replace('_', '-')}:", message)
+    message = re.sub(r"a typing\.Literal\[([^]]*)\]", r"one of \1", message)
     message = re.sub(r"<class '(\w+)'>", r"\1", " ".join(message.split()))
     return f"{message.rstrip('.')}; see {parser.prog} --help."
 

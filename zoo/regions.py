@@ -38,8 +38,9 @@ class Region(NamedTuple):
         about |= {"level": self.level, "p_value": self.p_value}
         if pixel_nm is not None:
             top, left, bottom, right = self.box
-            about |= {"area_nm2": self.area * pixel_nm**2}
-            about |= {"height_nm": (bottom - top) * pixel_nm, "width_nm": (right - left) * pixel_nm}
+            sizes = {"area_nm2": self.area * pixel_nm**2}
+            sizes |= {"height_nm": (bottom - top) * pixel_nm, "width_nm": (right - left) * pixel_nm}
+            about |= {key: float(f"{size:.6g}") for key, size in sizes.items()}
         return about
 
 

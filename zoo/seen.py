@@ -71,7 +71,8 @@ def note(
         names = rows.with_format(None)["path"]
         found = digests(rows, module.view, module.num_workers, progress)
         lines += [(role, name, image) for name, image in zip(names, found, strict=True)]
-    lines += [(LEARNED, "", digest(read_image(source))) for pair in pairs for source in pair]
+    for source in (source for pair in pairs for source in pair):
+        lines.append((LEARNED, "", digest(module.view.without_bar(read_image(source), source))))
     return csv_text(["role", "image", "digest"], lines)
 
 
@@ -106,7 +107,6 @@ class _Digests(torch.utils.data.Dataset):
 
     def _digest(self, source: Any) -> str:
         try:
-            image = read_image(source)
-            return digest(image[: len(image) - self.view.bar_rows(image, source)])
+            return digest(self.view.without_bar(read_image(source), source))
         except ZooError:  # nothing can be learned from it either
             return ""

@@ -12,7 +12,7 @@ import contextlib
 import io
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
     Source = str | os.PathLike | bytes | dict | PIL.Image.Image | np.ndarray
 
-SAMPLE = 16  # images of a set that are looked at for its bar
 TALLEST = 0.25  # of the image's height: what is higher is no info bar
 LOWEST = 7  # rows: below it no text can be read
 _NM = {"pm": 1e-3, "nm": 1.0, "um": 1e3, "µm": 1e3, "μm": 1e3, "mm": 1e6, "m": 1e9}
@@ -41,13 +40,6 @@ class Sem(NamedTuple):
     pixel_nm: float | None  # side of a pixel; None where unknown, or where pixels are not square
     bar: int  # first row of the info bar as the tags say; H where they say none or nothing
     vendor: str | None
-
-
-class Bar(NamedTuple):
-    """The info bar that the images of a set have in common."""
-
-    rows: int  # counted from the bottom; 0 where there is none
-    height: int  # of the images, in pixels
 
 
 class _Told(NamedTuple):
@@ -318,36 +310,29 @@ def _is_bar(ground: np.ndarray, ink: np.ndarray, constant: np.ndarray, line: np.
     )
 
 
-def bar_of_set(sources: Iterable[Source], sample: int = SAMPLE) -> Bar:
-    """The one info bar of images of one tool: as their tags say, else by content where nearly all agree.
+def bar_of_set(sources: Sequence[Source]) -> int:
+    """Rows of the one info bar of images of one tool: as their tags say, else by content where nearly all agree.
 
     Args:
-        sources: the images, each as for `read_image`; one is in memory at a time.
-        sample: how many are looked at, evenly spread.
+        sources: some images of the set, each as for `read_image`; one is in memory at a time.
 
     Returns:
-        Bar. Rows that differ by at most two are one bar, the highest one. There is none (rows 0) where less than a
-        quarter of the images show it.
+        Rows, counted from the bottom. Those that differ by at most two are one bar, the highest one. It is 0 where less
+        than a quarter of the images show a bar.
 
     Raises:
-        ZooError: the sample mixes bars of several heights, images with and without, or, with a bar, images of several
-            sizes; also as `read_image`.
+        ZooError: bars of several heights, images with and without, or, with a bar, images of several sizes; also as
+            `read_image`.
     """
-    if not (hasattr(sources, "__len__") and hasattr(sources, "__getitem__")):
-        sources = list(sources)
-    if not len(sources):
-        raise ZooError("there is no image to look for an info bar in; pass at least one")
-    chosen = np.unique(np.linspace(0, len(sources) - 1, min(sample, len(sources))).round().astype(int))
-    seen = [_look(sources[int(i)], f"image {i}") for i in chosen]
+    seen = [_look(source, f"image {i}") for i, source in enumerate(sources)]
     with_bar = [one for one in seen if one.rows]
-    if not any(one.told for one in seen) and len(with_bar) < len(seen) / 4:
-        return Bar(0, seen[0].size[0])
+    if not with_bar or (not any(one.told for one in seen) and len(with_bar) < len(seen) / 4):
+        return 0
+    remedy = "fit one set for each, or see all rows by --info-bar none"
     for one in seen:
         if one.size != seen[0].size:
             sides = [f"{x.name} is {x.size[1]} x {x.size[0]} pixels" for x in (seen[0], one)]
-            raise ZooError(
-                f"images of several sizes have an info bar: {' and '.join(sides)}; fit one set for each size"
-            )
+            raise ZooError(f"images of several sizes have an info bar: {' and '.join(sides)}; {remedy}")
     usual = sorted(one.rows for one in with_bar)[len(with_bar) // 2]
     agree = [one for one in with_bar if abs(one.rows - usual) <= 2]
     others = [one for one in seen if one not in agree]
@@ -355,22 +340,22 @@ def bar_of_set(sources: Iterable[Source], sample: int = SAMPLE) -> Bar:
         one = others[0]
         raise ZooError(
             f"the info bar is not the same in all images: {agree[0].name} has one of {agree[0].rows} rows and "
-            f"{one.name} {f'one of {one.rows}' if one.rows else 'none'}; fit one set for each"
+            f"{one.name} {f'one of {one.rows}' if one.rows else 'none'}; {remedy}"
         )
-    return Bar(max(one.rows for one in agree), seen[0].size[0])
+    return max(one.rows for one in agree)
 
 
-class _Seen(NamedTuple):
+class _Looked(NamedTuple):
     name: str
     size: tuple[int, int]  # (height, width)
     rows: int
     told: bool  # by tags
 
 
-def _look(source: Source, name: str) -> _Seen:
+def _look(source: Source, name: str) -> _Looked:
     sem = read_sem(source)
     height, width = sem.image.shape[:2]
     told = sem.bar < height
     path = source.get("path") if isinstance(source, dict) else source
     name = os.fspath(path) if isinstance(path, str | os.PathLike) else name
-    return _Seen(name, (height, width), height - (sem.bar if told else find_bar(sem.image)), told)
+    return _Looked(name, (height, width), height - (sem.bar if told else int(find_bar(sem.image))), told)

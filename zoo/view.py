@@ -6,7 +6,7 @@ image, but where the bar begins in one of a size that the set didn't have.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,7 +28,7 @@ MARGIN = 0.1  # of their distance, on both sides: what is a little brighter than
 LEAST_TILE = 32  # pixels
 
 
-class Seen(NamedTuple):
+class Viewed(NamedTuple):
     """One image as a model sees it: image (1, C, h, w) in [0, 1], mask and region of interest (1, 1, h, w) bool."""
 
     image: Tensor
@@ -46,7 +46,7 @@ class View:
         info_bar: "auto" leaves info bars out, "none" sees them.
         bars: (height, width, rows of its info bar) of each size of image in the set that was looked at.
         low, high: what becomes 0 and 1, in full scales of integers or in the values of `floats`; None: the full scale.
-        floats: the set holds float images that have no full scale.
+        floats: the set holds float images, which are taken by their values.
         tile: side in pixels of the tiles in which larger images are seen, or None.
     """
 
@@ -65,6 +65,15 @@ class View:
         if self.tile and (self.crop or self.resize):
             raise ZooError("--tile doesn't go with resized or cropped images; take another preset than original.")
         object.__setattr__(self, "bars", tuple(tuple(bar) for bar in self.bars))  # of JSON they are lists
+
+    def native(self) -> View:
+        """As images are predicted: not resized first, unless they are cropped then."""
+        return self if self.crop else replace(self, resize=None)
+
+    def with_bars(self, bars: Sequence[Sequence[int]]) -> View:
+        """With the bars of what a prepared set was made from; images of a size that both have are looked at anew."""
+        sizes = Counter(tuple(bar[:2]) for bar in (*self.bars, *bars))
+        return replace(self, bars=tuple(bar for bar in (*self.bars, *bars) if sizes[tuple(bar[:2])] == 1))
 
     def bar_rows(self, array: np.ndarray, source: Any = None) -> int:
         """Rows of the info bar at the bottom of an image: those of its size in the set, of its tags, or as they look.
@@ -111,14 +120,27 @@ class View:
         if self.floats:
             if array.dtype != np.float32:
                 raise ZooError(
-                    f"{name or 'The image'} has integers, and the model knows float images without a full scale; "
-                    "save it as those that the model was fitted on."
+                    f"{name or 'The image'} has integers, and the model knows float images by their values; save it as "
+                    "those that the model was fitted on."
                 )
             image = torch.from_numpy(array.copy())
             image = image[None] if image.ndim == 2 else image.movedim(-1, 0)
         else:
+            if self.low is not None and array.dtype == np.float32 and (array.min() < 0 or array.max() > 1):
+                raise ZooError(
+                    f"{name or 'The image'} has float values beyond [0, 1], and the model knows images of integers; "
+                    "save it as those that the model was fitted on."
+                )
             image = to_tensor(array, name)
         return image if self.low is None else ((image - self.low) / (self.high - self.low)).clamp_(0, 1)
+
+    def without_bar(self, array: np.ndarray, source: Any = None) -> np.ndarray:
+        """The rows of a decoded image above its info bar; the arguments are those of `bar_rows`."""
+        return array[: len(array) - self.bar_rows(array, source)]
+
+    def off_scale(self, image: Tensor) -> float:
+        """Share of the pixels of what `tensor` or `see` gave that lie beyond the scale of the set."""
+        return float(((image == 0) | (image == 1)).float().mean())
 
     def shown(self, array: np.ndarray) -> np.ndarray:
         """A whole decoded image (H, W) or (H, W, 3) on the scale of the set, for display."""
@@ -134,7 +156,7 @@ class View:
         source: Any = None,
         mask: np.ndarray | None = None,
         ignored: np.ndarray | None = None,
-    ) -> Seen:
+    ) -> Viewed:
         """Bring a decoded image before the model.
 
         Args:
@@ -150,8 +172,8 @@ class View:
 
         if ignored is not None and ignored.shape != array.shape[:2]:
             raise ZooError(
-                f"The ignore mask of {name} has another size than its image ({ignored.shape} against "
-                f"{array.shape[:2]}); draw one of the same size."
+                f"The ignore mask of {name} has another size than its image ({_size(ignored)} against {_size(array)}); "
+                "draw one of the same size."
             )
         kept = slice(len(array) - self.bar_rows(array, source))  # rows above the info bar
         image = self.tensor(array[kept], name)[None]  # (1, C, h, w)
@@ -166,7 +188,7 @@ class View:
         mask, roi = masks
         if roi is not None and not roi.any():
             raise ZooError(f"The ignore mask of {name} leaves nothing to look at; it is white where to ignore.")
-        return Seen(image, mask, roi)
+        return Viewed(image, mask, roi)
 
 
 def look_at(view: View, images: Sequence[Any], info_bar: str, intensity: str) -> View:
@@ -185,35 +207,38 @@ def look_at(view: View, images: Sequence[Any], info_bar: str, intensity: str) ->
     if info_bar not in INFO_BARS or intensity not in INTENSITIES:
         known = f"--info-bar is {' or '.join(INFO_BARS)} and --intensity {' or '.join(INTENSITIES)}"
         raise ZooError(f"{known}; not {info_bar} and {intensity}.")
+    if not images:
+        return view
     if info_bar == "auto":
         sizes = defaultdict(list)
         for image in images:
             sizes[image_size(image)].append(image)
-        try:
-            bars = [(*size, int(bar_of_set(found).rows)) for size, found in sorted(sizes.items())]
-        except ZooError as error:
-            raise ZooError(f"{str(error).rstrip('.')}, or see all of them by --info-bar none.") from error
+        bars = [(*size, bar_of_set(found)) for size, found in sorted(sizes.items())]
         view = replace(view, info_bar="auto", bars=tuple(bars))
     return view if intensity == "full" else _on_percentiles(view, images)
 
 
 def _on_percentiles(view: View, images: Sequence[Any]) -> View:
-    pixels, kinds = [], set()
+    pixels, kinds, rng = [], set(), np.random.default_rng(0)
     for source in images:
         array = read_image(source)
-        values = array[: len(array) - view.bar_rows(array, source)].ravel()
-        values = values[:: max(len(values) // PIXELS, 1)]
+        values = view.without_bar(array, source).ravel()
+        values = values[rng.integers(len(values), size=PIXELS)]  # an even step would see some columns of a layout alone
         kinds.add(values.dtype.kind)
         full = 1 if values.dtype.kind == "f" else np.iinfo(values.dtype).max
         pixels.append(values.astype(np.float64) / full)
     low, high = np.quantile(np.concatenate(pixels), (TAILS, 1 - TAILS))
-    floats = any(part.min() < 0 or part.max() > 1 for part in pixels)
+    floats = "f" in kinds
     if floats and len(kinds) > 1:
-        raise ZooError("The images are partly integers and partly floats without a full scale; save all in one way.")
+        raise ZooError("The images are partly integers and partly floats, of other scales; save all in one way.")
     if not high > low:
         raise ZooError("--intensity percentile: the images are of a single grey; take --intensity full.")
     margin = MARGIN * (high - low)
     return replace(view, low=float(low - margin), high=float(high + margin), floats=floats)
+
+
+def _size(array: np.ndarray) -> str:
+    return f"{array.shape[1]} x {array.shape[0]}"
 
 
 def sample(count: int) -> list[int]:

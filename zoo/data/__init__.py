@@ -5,6 +5,7 @@ Columns: image (encoded or array), mask (or None), label (0 normal, 1 anomalous)
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -128,8 +129,10 @@ def encoded(spec: DataSpec, rows: "Dataset") -> list[Any]:
     return [source.path / name for name in rows["path"]] if source else rows["image"]
 
 
-def load_ignore(spec: DataSpec, place: str | None) -> IgnoreMasks | None:
-    """The ignore masks that are asked for, else those in a folder of images, else none.
+def load_ignore(
+    spec: DataSpec, place: str | None, say: Callable[[str], None] = lambda line: None
+) -> IgnoreMasks | None:
+    """The ignore masks that are asked for, else those in a folder of images, else none; how many is said.
 
     Raises:
         ZooError: as `IgnoreMasks`, and masks of which none fits an image of the set.
@@ -139,7 +142,7 @@ def load_ignore(spec: DataSpec, place: str | None) -> IgnoreMasks | None:
     if place is None:
         return None
     masks = IgnoreMasks(place)
-    masks.check([name for rows in load_data(spec).values() for name in rows.with_format(None)["path"]])
+    masks.check([name for rows in load_data(spec).values() for name in rows.with_format(None)["path"]], say)
     return masks
 
 

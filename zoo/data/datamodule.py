@@ -21,6 +21,7 @@ from zoo.module import Batch
 from zoo.tiles import Tile, tiles_of
 from zoo.view import View, look_at, sample
 
+KEPT = 8  # images that a fit on tiles holds at once: half a gigabyte where they have 4096 x 4096 pixels
 HOLDOUT_BATCH = 8  # at most: what was learned is in memory too by then, so the peak of a fit stays that of its pass
 
 
@@ -89,39 +90,41 @@ class AnomalyDataModule(L.LightningDataModule):
         self.holdout_set = train.select(np.sort(order[:held]))
         self.train_set = train.select(np.sort(np.concatenate([order[held:], defects])))
         self.num_images = len(self.train_set)
-        self._train_items = self._items()
+        self._items: _Images | _Tiles | None = None
+
+    @property
+    def train_items(self) -> "_Images | _Tiles":
+        """What the fit sees, one by one: images, or their tiles."""
+        if self._items is None:
+            images = _Images(self.train_set, self.view)
+            self._items = _Tiles(images, self.view.tile) if self.view.tile else images
+        return self._items
 
     @property
     def num_train_images(self) -> int:
-        return len(self._train_items)
+        return len(self.train_items)
 
     def look(self, info_bar: str, intensity: str) -> View:
         """Complete the view by what the training images show, see `zoo.view.look_at`."""
         images = [self.train_set[row]["image"] for row in sample(self.num_images)]
-        self.view = look_at(self.view, images, info_bar, intensity)
-        self._train_items = self._items()
+        self.view, self._items = look_at(self.view, images, info_bar, intensity), None
         return self.view
-
-    def _items(self) -> "_Images | _Tiles":
-        """What the fit sees, one by one."""
-        images = _Images(self.train_set, self.view)
-        return _Tiles(images, self.view.tile) if self.view.tile else images
 
     def train_dataloader(self) -> EpochLoader:
         """Training normals, shuffled by (seed, epoch); images of unequal sizes are resized to `input_size`."""
         if not self.num_train_images:
             raise ZooError("There is no normal image to fit on; put some into train/good or good.")
-        return EpochLoader(self._train_items, self.batch_size, self._collate_train, self.seed, self.num_workers)
+        return EpochLoader(self.train_items, self.batch_size, self._collate_train, self.seed, self.num_workers)
 
     def holdout_dataloader(self) -> EpochLoader:
-        """Normals that the fit doesn't see, at their own size."""
-        return self._loader(self.holdout_set, min(HOLDOUT_BATCH, self.batch_size))
+        """Normals that the fit doesn't see, as they would be predicted."""
+        return self._loader(self.holdout_set, min(HOLDOUT_BATCH, self.batch_size), self.view.native())
 
     def test_dataloader(self) -> EpochLoader:
         """The test split in order, at its own size."""
         if not len(self.test_set):
             raise ZooError("The data has no test images; add test/good and test/<kind>, or bad beside good.")
-        return self._loader(self.test_set, self.batch_size)
+        return self._loader(self.test_set, self.batch_size, self.view)
 
     predict_dataloader = test_dataloader
 
@@ -129,10 +132,10 @@ class AnomalyDataModule(L.LightningDataModule):
         """One image of the test split, at its own size, whatever the number of processes."""
         return _Images(self.test_set, self.view, self.ignore)[row]
 
-    def _loader(self, dataset: Dataset, batch_size: int) -> EpochLoader:
+    def _loader(self, dataset: Dataset, batch_size: int, view: View) -> EpochLoader:
         """Whole images to be scored, in order; those that are seen in tiles one by one, as they may be large."""
         batch_size = 1 if self.view.tile else batch_size
-        images = _Images(dataset, self.view, self.ignore)
+        images = _Images(dataset, view, self.ignore)
         return EpochLoader(images, batch_size, group_by_shape, num_workers=self.num_workers)
 
     def state_dict(self) -> dict[str, str]:
@@ -166,10 +169,10 @@ class AnomalyDataModule(L.LightningDataModule):
         return _stack(items)
 
     def _readable(self, dataset: Dataset) -> Dataset:
-        images, good = _Images(dataset, self.view), []
+        good = []
         for i in range(len(dataset)):
             try:
-                images[i]
+                read_row(dataset[i])
                 good.append(i)
             except ZooError as error:
                 self.broken.append((dataset[i]["path"], str(error)))
@@ -201,10 +204,14 @@ class _Images(torch.utils.data.Dataset):
 
 
 class _Tiles(torch.utils.data.Dataset):
-    """Images -> batches of one tile each; tiles of an image overlap only as far as they must to cover it."""
+    """Images -> batches of one tile each; tiles of an image overlap only as far as they must to cover it.
+
+    Some images are kept decoded, and tiles are shuffled among those of so many images.
+    """
 
     def __init__(self, images: _Images, tile: int):
         self.images, self.places = images, []  # (row, tile)
+        self.kept: dict[int, Batch] = {}
         for row, source in enumerate(images.dataset["image"]):
             self.places += [(row, place) for place in tiles_of(images.view.size(source), tile, overlap=0)]
 
@@ -215,12 +222,20 @@ class _Tiles(torch.utils.data.Dataset):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[Batch]:
-        """Of a batch at once, so that an image is decoded once for its tiles in it, and one is held at a time."""
-        found: dict[int, Batch] = {}
-        for row in sorted({self.places[index][0] for index in indices}):
-            image = self.images[row]
-            found |= {i: _cut(image, self.places[i][1]) for i in indices if self.places[i][0] == row}
-        return [found[index] for index in indices]
+        return [_cut(self._image(row), tile) for row, tile in (self.places[index] for index in indices)]
+
+    def order(self, rng: np.random.Generator) -> np.ndarray:
+        """All tiles at random, those of `KEPT` images after those of others."""
+        rows = np.array([row for row, _ in self.places])
+        blocks = rng.permutation(len(self.images))[rows] // KEPT
+        return np.lexsort((rng.random(len(rows)), blocks))
+
+    def _image(self, row: int) -> Batch:
+        if row not in self.kept:
+            if len(self.kept) == KEPT:
+                del self.kept[next(iter(self.kept))]  # the first that came
+            self.kept[row] = self.images[row]
+        return self.kept[row]
 
 
 def _cut(item: Batch, tile: Tile) -> Batch:

@@ -15,6 +15,8 @@ def held_out(normals: int, wanted: int | None = None) -> int:
     """
     if wanted is None:
         return min(max(LEAST, round(SHARE * normals)), normals // 2)
-    if not 0 <= wanted < normals:
+    if wanted < 0:
+        raise ZooError(f"--hold-out is at least 0 images, not {wanted}.")
+    if wanted >= normals:
         raise ZooError(f"--hold-out {wanted} leaves nothing of {normals:,} normal images to fit on; hold fewer out.")
     return wanted

@@ -1,5 +1,6 @@
 """Ignore masks: what of the images is not looked at, white in a mask for all of them or in one for each."""
 
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -50,9 +51,12 @@ class IgnoreMasks:
         file = self.files.get(_stem(name))
         return None if file is None else read_mask(file)
 
-    def check(self, names: list[str]) -> None:
-        """Raise ZooError if none of the masks is of these images."""
-        if self.common is None and not self.files.keys() & {_stem(name) for name in names}:
+    def check(self, names: list[str], say: Callable[[str], None]) -> None:
+        """Tell how many of these images have a mask; ZooError if none has."""
+        found = sum(self.common is not None or _stem(name) in self.files for name in names)
+        if found:
+            say(f"Ignore masks: {found:,} of {len(names):,} images have one ({self.place}).")
+        else:
             mask = next(iter(self.files.values())).relative_to(self.place)
             raise ZooError(
                 f"--ignore {self.place}: no mask there fits an image ({mask} against {names[0]}, say); name masks as "

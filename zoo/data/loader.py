@@ -19,7 +19,7 @@ class EpochLoader:
     that were handed out, so that a resumed run goes on with the next image.
 
     Args:
-        dataset: rows -> items for `collate`.
+        dataset: rows -> items for `collate`; one that has `order(rng)` says how it is shuffled.
         batch_size: images a batch at most, in each process.
         collate: list of items -> batch.
         seed: shuffles; None keeps the order.
@@ -53,7 +53,8 @@ class EpochLoader:
         """Indices of the images in each batch of this process's share of the epoch."""
         order = np.arange(len(self.dataset))
         if self.seed is not None:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(len(order))
+            rng = np.random.default_rng([self.seed, self.epoch])
+            order = self.dataset.order(rng) if hasattr(self.dataset, "order") else rng.permutation(len(order))
         rank, world = rank_and_world()
         return np.array_split(order[rank::world], len(self))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from zoo import hub
 from zoo.data import archives, check_data, files_digest, keep_source, load_data, miic_folder, store, store_writer
+from zoo.data.ignore import FOLDER as IGNORED
 from zoo.data.miic_layout import FOLDERS
 from zoo.errors import ZooError
 from zoo.image import read_image
@@ -44,6 +45,8 @@ def prepare_data(
         raise ZooError(f"{data} is prepared already; use it as --data {data}.")
     source = {"name": spec.name, "fingerprint": spec.origin, "counts": spec.counts, "files": files_digest(spec)}
     view = _look(load_data(spec)["train"], info_bar)
+    if info_bar == "none":
+        source["info_bar"] = info_bar
     if any(rows for *_, rows in view.bars):
         source["bars"] = [list(bar) for bar in view.bars]
         view.say_bars(print)
@@ -81,6 +84,8 @@ def prepare_data(
         )
     keep_source(spec, place)
     _print_left_out(index)
+    if spec.kind == "folder" and (spec.path / IGNORED).is_dir():
+        print(f"The masks in {spec.path / IGNORED} are not kept; draw some at the stored size, for --ignore.")
     if colour := sum(block["colour"] for split in store.SPLITS for block in index["blocks"][split]):
         print(f"{colour:,} images are in colour; the store keeps the mean of their channels.")
     if emptied := sum(block.get("emptied", 0) for block in store.blocks_of(index)):

@@ -181,7 +181,8 @@ class IADInpainting(AnomalyModule):
 
     def read(self, image: Path | dict) -> Tensor:
         name = image["path"] if isinstance(image, dict) else image
-        return self.prepare(self.view.tensor(read_image(image), name)[None])  # (1, C, S, S)
+        array = self.view.without_bar(read_image(image), image)
+        return self.prepare(self.view.tensor(array, name)[None])  # (1, C, S, S)
 
     def rebuild(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Images (B, C, S, S) -> rebuilt ones, and the codes (B, latent, 1, 1) that they were rebuilt from."""
