@@ -39,6 +39,18 @@ def test_false_alarms_are_those_of_the_record():
         assert f"{100 * min(exceeding):.1f} to {100 * max(exceeding):.1f} %" in readme
 
 
+def test_bars_are_those_of_the_record():
+    report = json.loads((ROOT / "tests/bench/bars.json").read_text(encoding="utf-8"))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    large, all_of_them = report["large_grey"], report["all"]
+    assert f"Of {large['of']} bars" in readme and f"{large['exact']} were found at the very row" in readme
+    assert f"{large['within_1']} within one;" in readme
+    assert f"all {all_of_them['of']:,}: {all_of_them['exact']:,} and {all_of_them['within_1']:,}" in readme
+    false, clean = map(sum, zip(*report["false_finds"].values(), strict=True))
+    assert false == 1 and f"One bar was seen in {clean:,} images" in readme
+    assert report["images"]["seed"] == 1  # the limits were set on draws of another seed
+
+
 def test_the_paragraph_on_the_papers_figures_is_that_of_the_table():
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert paper.ABOUT.replace("*", "\\*") in readme

@@ -150,7 +150,7 @@ def fit(argv: list[str]) -> None:
         "--intensity",
         type=Literal["full", "percentile"],
         default="full",
-        help="what black and white are: the full scale of 8 or 16 bits, or percentiles of all training images",
+        help="what black and white are: the full scale of 8 or 16 bits, or percentiles of the training images",
     )
     parser.add_argument(
         "--train-fraction", type=float, default=of_data.get("train_fraction", 1.0), help="share of the normals to use"
