@@ -39,6 +39,24 @@ def test_false_alarms_are_those_of_the_record():
         assert f"{100 * min(exceeding):.1f} to {100 * max(exceeding):.1f} %" in readme
 
 
+def test_tiles_are_those_of_the_record():
+    report = json.loads((ROOT / "tests/bench/tiles.json").read_text(encoding="utf-8"))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    sides = [{side: run[f"{side} px"]["peak_mb"] for side in (1024, 4096)} for run in report["memory"].values()]
+    peaks, more = [run[4096] for run in sides], [run[4096] - run[1024] for run in sides]
+    assert len(sides) == len(list_methods())
+    assert f"{min(peaks):,.0f} to {max(peaks):,.0f} MB at the peak" in readme
+    assert f"{min(more):.0f} to {max(more):.0f} MB more than" in readme
+    errors = {method: run["map_error"] for method, run in report["equality"].items()}
+    far = {method: bands.pop("64 to 128 px") for method, bands in errors.items()}
+    assert max(far["patchcore"]["max"], far["stfpm"]["max"]) <= 1e-5
+    assert f"by {far['cfa']['max']:.3f} with `cfa`" in readme
+    assert f"by {far['rd4ad']['mean']:.2f} in the mean and {far['rd4ad']['max']:.2f} at most" in readme
+    near = [band["mean"] for bands in errors.values() for band in bands.values()]
+    assert f"by {min(near):.2f} to {max(near):.2f} in the mean" in readme
+    assert max(error for run in report["equality"].values() for error in run["score_error"]) <= 0.03
+
+
 def test_bars_are_those_of_the_record():
     report = json.loads((ROOT / "tests/bench/bars.json").read_text(encoding="utf-8"))
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
