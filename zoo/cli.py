@@ -194,9 +194,8 @@ def fit(argv: list[str]) -> None:
     from zoo.fit import fit as run
 
     arguments = {name: options[name] for name in own}
-    data_options = {key: options[key] for key in ("train_fraction", "hold_out", "info_bar", "intensity")} | data_values(
-        options
-    )
+    own_data = ("train_fraction", "hold_out", "info_bar", "intensity")
+    data_options = {key: options[key] for key in own_data} | data_values(options)
     _, record = run(
         method,
         options.data,
