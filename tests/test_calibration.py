@@ -50,6 +50,12 @@ def test_299_normals_state_one_percent():
     assert allowed_above(473, 0.01) == 1  # the next one in tables of nonparametric tolerance limits
 
 
+def test_a_tiny_rate_is_refused_without_ado():
+    assert normals_needed(1e-9) == 2_995_732_273  # ln 0.05 / ln(1 - 1e-9), rounded up
+    with pytest.raises(ZooError, match="takes 2,995,732,273 normal images, and there are 10"):
+        check_normals(10, 1e-9)
+
+
 @pytest.mark.parametrize("rate", RATES)
 def test_no_fewer_normals_do(rate):
     n = normals_needed(rate)

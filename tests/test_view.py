@@ -20,6 +20,7 @@ from zoo.fit import fit
 from zoo.hub import from_pretrained
 from zoo.image import image_size, read_image, resize
 from zoo.inference import find_ignore, find_images
+from zoo.methods import create_model
 from zoo.run import RunOptions
 from zoo.view import View, look_at
 
@@ -560,3 +561,27 @@ def test_float_images_are_not_broken_before_their_scale_is_known(tmp_path):
     (tmp_path / "counts/good/bad.tif").write_bytes(b"II*\0")
     model, record = fit("padim", data, **TINY, data_options={"intensity": "percentile", "skip_broken": True})
     assert record["train_data"]["broken"] == 1 and model.view.floats
+
+
+def test_thresholds_are_of_images_as_they_are_predicted(mvtec, tmp_path, zoo_home):
+    """A preset that resizes images first is evaluated so; held-out and calibrated images keep their size."""
+    module = AnomalyDataModule(load_data(str(mvtec)), view=View(resize=64))
+    sizes = [
+        {tuple(part.image.shape[-2:]) for parts in loader for part in parts}
+        for loader in (module.holdout_dataloader(), module.test_dataloader())
+    ]
+    assert sizes == [{(96, 96)}, {(64, 64)}]
+    model, record = fit("padim", str(mvtec), "m", **TINY, data_options={"resize": 64})
+    assert main(["calibrate", "m", "--data", str(mvtec), "--false-alarm-rate", "0.15"]) == 0
+    known = from_pretrained("m").calibration
+    maps = [from_pretrained("m").predict(path).map for path in sorted((mvtec / "test/good").iterdir())]
+    assert known.sizes == [[96, 96]] and evaluate(model, str(mvtec))["eval_size"] == [64, 64]
+    assert all(np.isclose(map.max(), known.levels, rtol=1e-5).any() for map in maps)
+
+
+def test_pairs_are_learned_from_without_their_bar(dim, tiffs):
+    model = create_model("iad_inpainting", "lite", input_size=64)
+    model.view = dim[0].view
+    image = tifffile.imread(tiffs / "good.tif")
+    tifffile.imwrite(tiffs / "other.tif", with_bar(image[:280], "something else"))
+    assert torch.equal(model.read(tiffs / "good.tif"), model.read(tiffs / "other.tif"))
