@@ -12,11 +12,10 @@ from typing import Literal
 from zoo import checkpoint, hub
 from zoo.calibration import check_rate, normals_needed, restored, supported_rate
 from zoo.cards import METRICS
+from zoo.cli_data import DATA_USAGE, data
 from zoo.data import FORMS, check_data
-from zoo.data.export import export_data
-from zoo.data.prepare import prepare_data
 from zoo.errors import ZooError
-from zoo.inference import find_ignore, find_images, predict_files
+from zoo.inference import closing_lines, find_ignore, find_images, predict_files
 from zoo.methods import list_methods, method_id, presets, signature, summary
 from zoo.options import (
     add_benchmark_options,
@@ -38,7 +37,7 @@ from zoo.paths import user_path
 from zoo.ranks import launched
 from zoo.run import plan_training
 
-USAGE = """usage: zoo COMMAND [--help]
+USAGE = f"""usage: zoo COMMAND [--help]
 
   zoo quickstart                       whole tour on built-in data, offline, about a minute
   zoo list [PATTERN]                   methods and models, with their numbers
@@ -47,9 +46,7 @@ USAGE = """usage: zoo COMMAND [--help]
   zoo predict NAME PATH... --out DIR   heatmaps, masks, CSV and JSON
   zoo calibrate NAME --data DATA --false-alarm-rate 0.01
   zoo benchmark --data DATA            all methods, three seeds: Table 3, Figures 1 and 2, a page
-  zoo data prepare DATA                unpack, decode, verify, store at the working size
-  zoo data export DATA --out FOLDER    parquet files, as a hub data set has them
-"""
+{DATA_USAGE}"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -295,24 +292,15 @@ def predict(argv: list[str]) -> None:
     run = run_of(options, model.precision)
     out, size = Path(options.out), options.batch_size
     rows = predict_files(model, images, out, size, options.skip_broken, run, ignore, options.tile)
-    known, found = model.calibration, sum(row["verdict"].startswith("anomalous") for row in rows)
+    for line in closing_lines(model, rows, out, options.tile):
+        print(line)
     stated = any(row["is_anomalous"] is not None for row in rows)
-    called = f"{found} called anomalous" if known else "without verdicts"
-    if stated:
-        called += f" ({known.promise()})"
-    if more := sum(bool(row["num_regions"]) and not row["is_anomalous"] for row in rows):
-        called += f", {more} more with regions"
-    print(f"Scored {len(rows)} image{'s' * (len(rows) != 1)}, {called}; results are in {options.out}.")
-    if not known:
-        print("The model has no threshold: its fit held no images out, or was stopped before it scored them.")
-    elif known.calibrated and known.precision != model.precision:
-        print(f"The verdicts are uncalibrated: the rate was stated in {known.precision}, not in {model.precision}.")
-    elif options.tile is not None and (options.tile or None) != model.view.tile:
-        print("The verdicts are uncalibrated: --tile is not that of the model, so its threshold is of other scores.")
-    elif not known.calibrated:
-        print("The verdicts are uncalibrated: the threshold comes from a few held-out normals, no rate is stated.")
-    elif ignore is None and checkpoint.read_json(folder / checkpoint.RECORD).get("calibration", {}).get("ignored"):
+    if stated and ignore is None and _calibrated_with_masks(folder):
         print("The rate was stated with ignore masks, and may not hold without them; give --ignore.")
+
+
+def _calibrated_with_masks(folder: Path) -> bool:
+    return "ignored" in checkpoint.read_json(folder / checkpoint.RECORD).get("calibration", {})
 
 
 def calibrate(argv: list[str]) -> None:
@@ -398,54 +386,6 @@ def benchmark(argv: list[str]) -> None:
         raise ZooError(
             f"{len(failed)} of {len(records)} runs failed: {', '.join(failed)}; the same command tries them again."
         )
-
-
-def data(argv: list[str]) -> None:
-    commands = {"prepare": data_prepare, "export": data_export}
-    if not argv or argv[0] in ("-h", "--help"):
-        print("".join(line for line in USAGE.splitlines(keepends=True) if "zoo data" in line), end="")
-        return
-    if argv[0] not in commands:
-        near = difflib.get_close_matches(argv[0], commands, n=1) or ["prepare"]
-        raise ZooError(f"There is no command zoo data {argv[0]}; did you mean zoo data {near[0]}?")
-    commands[argv[0]](argv[1:])
-
-
-def data_prepare(argv: list[str]) -> None:
-    parser = make_parser("data prepare", "Decode a data set once, check it and store it grey at the working size.")
-    parser.add_argument("data", help=f"{FORMS}; MIIC's archives are unpacked")
-    parser.add_argument(
-        "--size", type=int | list[int], default=224, help="side of the stored images, or [height, width]"
-    )
-    parser.add_argument("--out", type=str | None, default=None, help="folder of the store; null: under $ZOO_HOME")
-    add_info_bar_option(parser)
-    parser.add_argument("--num-workers", type=int | None, default=None, help="threads; null: one a core")
-    parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read and list them")
-    options = parse(parser, argv)
-    size = (options.size, options.size) if isinstance(options.size, int) else tuple(options.size)
-    if len(size) != 2 or min(size) < 32:
-        raise ZooError(f"--size is one number or [height, width] of at least 32 pixels, not {options.size}.")
-    workers = len(os.sched_getaffinity(0)) if options.num_workers is None else options.num_workers
-    if workers < 0:
-        raise ZooError("--num-workers is at least 0.")
-    skip_broken, progress = options.skip_broken, sys.stderr.isatty()
-    prepare_data(options.data, size, options.out, workers, skip_broken, progress, options.info_bar)
-
-
-def data_export(argv: list[str]) -> None:
-    parser = make_parser("data export", "Write a data set as parquet files with a card, as the hub has them.")
-    parser.add_argument("data", help=FORMS)
-    parser.add_argument("--out", type=str | None, default=None, help="folder to write, which is DATA as well")
-    parser.add_argument("--push", type=str | None, default=None, help="upload it to the repository ORG/NAME too")
-    parser.add_argument("--private", type=bool, default=True, help="whether that repository is private")
-    parser.add_argument(
-        "--i-have-the-right-to-share", action="store_true", help="needed by --push: the set's terms allow you to"
-    )
-    options = parse(parser, argv)
-    if not options.out:
-        raise ZooError(f"zoo data export needs --out: zoo data export {options.data} --out FOLDER.")
-    allowed = options.i_have_the_right_to_share
-    export_data(options.data, options.out, options.push, options.private, allowed, sys.stderr.isatty())
 
 
 COMMANDS = {

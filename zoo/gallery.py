@@ -123,11 +123,12 @@ def _scored_again(model: AnomalyModule, data: str, view: View, names: set[str]) 
     rows = [row for row, name in enumerate(test.with_format(None)["path"]) if name in names]
     ignore = load_ignore(check_data(data), None)
     module = AnomalyDataModule(DatasetDict(train=test.select([]), test=test), view=view, ignore=ignore)
-    for part in map(module.test_image, rows):
+    for row in rows:
+        part = module.test_image(row).to(model.device)
         with model.autocast():
-            found = model.score_images(*(t if t is None else t.to(model.device) for t in (part.image, part.roi))).map
-        image = part.image[0].movedim(0, -1).numpy()  # (H, W, C)
-        truth = None if part.mask is None else part.mask[0, 0].numpy()
+            found = model.score_images(part.image, part.roi).map
+        image = part.image[0].movedim(0, -1).cpu().numpy()  # (H, W, C)
+        truth = None if part.mask is None else part.mask[0, 0].cpu().numpy()
         image = image[..., 0] if image.shape[2] == 1 else image
         yield part.name[0], Shown(image, truth, found[0, 0].float().cpu().numpy())
 

@@ -158,6 +158,27 @@ def predict_files(
     return done
 
 
+def closing_lines(model: "AnomalyModule", rows: list[dict[str, Any]], out: Path, tile: int | None) -> Iterator[str]:
+    """What is said when all is scored: how many are called anomalous, and with what right."""
+    known, called = model.calibration, "without verdicts"
+    stated = any(row["is_anomalous"] is not None for row in rows)
+    if known:
+        called = f"{sum(row['verdict'].startswith('anomalous') for row in rows)} called anomalous"
+    if stated:
+        called += f" ({known.promise()})"
+    if more := sum(bool(row["num_regions"]) and not row["is_anomalous"] for row in rows):
+        called += f", {more} more with regions"
+    yield f"Scored {len(rows)} image{'s' * (len(rows) != 1)}, {called}; results are in {out}."
+    if not known:
+        yield "The model has no threshold: its fit held no images out, or was stopped before it scored them."
+    elif known.calibrated and known.precision != model.precision:
+        yield f"The verdicts are uncalibrated: the rate was stated in {known.precision}, not in {model.precision}."
+    elif tile is not None and (tile or None) != model.view.tile:
+        yield "The verdicts are uncalibrated: --tile is not that of the model, so its threshold is of other scores."
+    elif not known.calibrated:
+        yield "The verdicts are uncalibrated: the threshold comes from a few held-out normals, no rate is stated."
+
+
 def _write_lists(out: Path, done: list[dict[str, Any]], about: dict[str, Any]) -> None:
     lines = [["" if row[key] is None else row[key] for key in COLUMNS] for row in done]
     checkpoint.write_text(out / "predictions.csv", checkpoint.csv_text(COLUMNS, lines))
@@ -186,7 +207,8 @@ def _predict_files(
     """Score this process's files; `found` fills as they are done."""
     from rich.progress import track
 
-    names = list(images)
+    known, names = model.thresholds(), list(images)
+    stated = known is not None and known.calibrated
     size = 1 if model.view.tile else batch_size
     chunks = [names[i : i + size] for i in range(0, len(names), size)]
     for chunk in track(chunks, "Scoring", disable=not progress):
@@ -202,7 +224,7 @@ def _predict_files(
         predictions = model.predict_brought(brought.values(), batch_size)
         for (name, image), prediction in zip(brought.items(), predictions, strict=True):
             found.rows[name] = _row(name, images[name], image, prediction, model, out)
-            if model.thresholds() != model.thresholds(tuple(image.image.shape[-2:])):
+            if stated and prediction.is_anomalous is None:
                 found.other_size.append(str(images[name]))
             if model.view.low is not None and model.view.off_scale(image.image) > OFF_SCALE:
                 found.off_scale.append(str(images[name]))

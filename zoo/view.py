@@ -177,9 +177,8 @@ class View:
             )
         kept = slice(len(array) - self.bar_rows(array, source))  # rows above the info bar
         image = self.tensor(array[kept], name)[None]  # (1, C, h, w)
-        masks = [None if m is None else torch.from_numpy(m[kept])[None, None] for m in (mask, ignored)]  # (1, 1, h, w)
-        if masks[1] is not None:
-            masks[1] = ~masks[1]
+        masks = (mask, None if ignored is None else ~ignored)
+        masks = [None if m is None else torch.from_numpy(m[kept])[None, None] for m in masks]  # (1, 1, h, w)
         if self.resize is not None:
             size = (self.resize, self.resize)
             image, masks = resize(image, size), [None if m is None else resize_mask(m, size) for m in masks]
