@@ -16,6 +16,18 @@ def zoo_home(tmp_path, monkeypatch):
     return tmp_path / "zoo-home"
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub of the test's own, which the client here and in processes started here uses, with a token that writes."""
+    from hub_server import HubServer, use
+    from huggingface_hub.utils import close_session
+
+    with HubServer(tmp_path / "hub-server") as server:
+        use(server, tmp_path / "hf-home", monkeypatch)
+        yield server
+    close_session()
+
+
 @pytest.fixture(scope="session")
 def mvtec(tmp_path_factory):
     """A small MVTec-style folder: 30 + 6 textured normals, 6 with a bright square and its mask, 96 x 96, grey."""
