@@ -6,20 +6,7 @@ from typing import Any
 
 import jinja2
 
-METRICS = {
-    "image_auroc": "image ROC",
-    "image_f1_max": "image F1",
-    "image_ap": "image PR",
-    "pixel_auroc": "pixel ROC",
-    "pixel_f1_max": "pixel F1",
-    "pixel_ap": "pixel PR",
-    "pixel_aupro": "PRO",
-}
-FURTHER = {  # under names of their own: see `zoo.protocol`
-    "image_f1_at_val": "image F1 at val threshold",
-    "pixel_f1_at_val": "pixel F1 at val threshold",
-    "pixel_pro_dfr200": "PRO dfr200",
-}
+from zoo.naming import FURTHER, METRICS
 
 
 def render_card(config: dict[str, Any], record: dict[str, Any] | None) -> str:

@@ -7,7 +7,7 @@ set is MIIC itself.
 
 from typing import Any
 
-from zoo.cards import METRICS
+from zoo.naming import METRICS
 
 DATA_NAME = "miic"  # of the data set in a record; a replica of its layout has another one
 SOURCE = "paper (arXiv 2505.07576)"
