@@ -24,12 +24,12 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from zoo import paper, plots
 from zoo.benchmark import read_index
-from zoo.cards import FURTHER, METRICS
 from zoo.checkpoint import dump
 from zoo.cli import main
 from zoo.data import load_data
 from zoo.data.halves import halves
 from zoo.fit import fit
+from zoo.naming import FURTHER, METRICS
 from zoo.nn.features import find_weights
 from zoo.plan import Plan, jobs_of, run_key, steps_an_epoch, trainer_options
 from zoo.reasons import publishable, reason

@@ -11,12 +11,12 @@ from typing import Literal
 
 from zoo import checkpoint, hub
 from zoo.calibration import check_rate, normals_needed, restored, supported_rate
-from zoo.cards import METRICS
 from zoo.cli_data import DATA_USAGE, data
 from zoo.data import FORMS, check_data
 from zoo.errors import ZooError
 from zoo.inference import closing_lines, find_ignore, find_images, predict_files
 from zoo.methods import list_methods, method_id, presets, signature, summary
+from zoo.naming import METRICS
 from zoo.options import (
     add_benchmark_options,
     add_data_options,

@@ -172,6 +172,12 @@ def store_evaluation(folder: Path, model: AnomalyModule, result: dict[str, Any])
 
 
 def described(spec: DataSpec) -> dict[str, Any]:
+    """What a record says of a data set; nothing of its place on this machine."""
     terms = terms_of(spec.name)
-    origin = {"origin": spec.origin} if spec.origin != spec.fingerprint else {}
-    return {"name": spec.name, "fingerprint": spec.fingerprint, **origin} | ({"terms": terms} if terms else {})
+    return {
+        "name": spec.name,
+        "fingerprint": spec.fingerprint,
+        **({"origin": spec.origin} if spec.origin != spec.fingerprint else {}),
+        **({"hub": f"{spec.options['repo']}@{spec.options['revision']}"} if spec.kind == "hub" else {}),
+        **({"terms": terms} if terms else {}),
+    }

@@ -7,7 +7,7 @@ set is MIIC itself.
 
 from typing import Any
 
-from zoo.cards import METRICS
+from zoo.naming import METRICS
 
 DATA_NAME = "miic"  # of the data set in a record; a replica of its layout has another one
 SOURCE = "paper (arXiv 2505.07576)"
@@ -47,6 +47,20 @@ ABOUT = (
     "stands in the column of that name because it is called so; its recipe is not stated. Rows marked * are copied by "
     "the paper from Huang et al. (ICIP 2021), whose threshold for F1 is not known; RIAD has no row. A difference from "
     "ours is therefore no finding about a method by itself."
+)
+
+# What a card says of them.
+CAVEAT = (
+    "The figures in the paper's column are the paper's (arXiv 2505.07576, Table 3), not the zoo's. It trained, as it "
+    "says, on 23,888 normal images at 224 x 224 and kept the best model by half of the test set. It does not say "
+    "whether its figures are of the whole test set or of the other half, by which seed, and after how much training, "
+    "and which code made them is not confirmed. Its F1 is the maximum over all thresholds, as ours is; its recipe for "
+    "PRO is not stated. A difference from ours is therefore no finding about a method by itself."
+)
+CAVEAT_COPIED = (
+    "The figures in the column of Huang et al. (ICIP 2021) are theirs, as the paper copies them (arXiv 2505.07576, "
+    "Table 3), not the zoo's. Their input size, training and threshold for F1 are not known. A difference from ours is "
+    "therefore no finding about a method by itself."
 )
 
 

@@ -48,7 +48,7 @@ def evaluate_by(
     Returns:
         The record of `zoo.evaluation.evaluate` on the part that counts (`held_out`; `full` for the paper), with
         `protocol` and `readings`: by name `about` (what they are, in words), `normal`, `anomalous` and `metrics`, those
-        that go by names of their own (`zoo.cards.FURTHER`) included.
+        that go by names of their own (`zoo.naming.FURTHER`) included.
 
     Raises:
         ZooError: as `evaluate`; test images too few for two halves.

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from zoo.cards import METRICS
 from zoo.errors import ZooError
 from zoo.methods import presets
+from zoo.naming import METRICS
 from zoo.ranks import launched
 
 if TYPE_CHECKING:  # imported on use

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from zoo import paper
-from zoo.cards import FURTHER, METRICS
 from zoo.checkpoint import csv_text
+from zoo.naming import FURTHER, METRICS
 
 READINGS = {
     "held_out": "Held-out half",

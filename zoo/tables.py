@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from zoo.cards import FURTHER, METRICS
+from zoo.naming import FURTHER, METRICS
 
 
 def console() -> Console:

@@ -22,12 +22,12 @@ import numpy as np
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 
-from zoo.cards import METRICS
 from zoo.data import load_data
 from zoo.evaluation import evaluate
 from zoo.fit import fit
 from zoo.image import read_image
 from zoo.methods import list_methods
+from zoo.naming import METRICS
 from zoo.run import RunOptions
 
 NAMES = {"synthetic": "synthetic", "deeppcb": "DeepPCB", "elpv": "ELPV"}

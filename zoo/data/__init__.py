@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SOURCE = "source.txt"  # in a store: the DATA that it was made from
 SYNTHETIC_VERSION = 4  # to be raised when the generator draws other images from the same options
 FORMS = "synthetic[:k=v,...], miic:DIR, hub:ORG/NAME[@REV], or a path to a folder (of images, prepared, or exported)"
-RESERVED = ("miic", "miic-partial", "miic-replica")  # names in records that no folder of other images may have
+RESERVED = ("miic", "miic-partial", "miic-replica", "synthetic")  # names in records that no folder of images may have
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def check_data(spec: str) -> DataSpec:
         raise ZooError(f"There is no data {spec}; DATA is {FORMS}.")
     splits = folder.scan(path)
     name = path.resolve().name
-    name = f"folder {name}" if name.casefold() in RESERVED else name
+    name = f"folder {name}" if name.casefold().partition(":")[0] in RESERVED else name
     return DataSpec("folder", name, folder.fingerprint(splits), _counts(splits), path=path)
 
 

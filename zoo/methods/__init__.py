@@ -34,6 +34,25 @@ class Option:
     help: str
 
 
+@dataclass(frozen=True)
+class About:
+    """What the head of a method's file says, by parts.
+
+    Attributes:
+        title: its name and paper, without a full stop.
+        idea: in a few sentences.
+        origin: the original code and its licence, or that there is none.
+        same: what is as in that code; empty where nothing is known of it.
+        deviations: what is not.
+    """
+
+    title: str
+    idea: str
+    origin: str
+    same: str
+    deviations: str
+
+
 def list_methods() -> list[str]:
     """Ids of all methods."""
     return sorted(METHODS)
@@ -92,12 +111,41 @@ def signature(name: str) -> dict[str, Option]:
 
 def summary(name: str) -> str:
     """First line of the method's file: its name and paper."""
-    return _read(method_id(name))[2]
+    return _head(method_id(name)).splitlines()[0]
 
 
 @cache
-def _read(method: str) -> tuple[dict[str, Option], dict[str, dict], str]:
-    tree = ast.parse((Path(__file__).parent / f"{method}.py").read_text(encoding="utf-8"))
+def about(name: str) -> About:
+    """The head of a method's file by its paragraphs: title, `Idea:`, original code with `Same as`, `Deviations:`."""
+    title, idea, rest = _head(method_id(name)).split("\n\n", 2)
+    origin, deviations = " ".join(rest.split()).split(" Deviations: ")
+    origin, mark, same = origin.partition(" Same as ")
+    idea = " ".join(idea.split()).removeprefix("Idea: ")
+    return About(title.rstrip("."), _capital(idea), _sentence(origin), f"{mark}{same}".strip(), _capital(deviations))
+
+
+def _sentence(text: str) -> str:
+    """Text that begins in capitals, for emphasis in a source file, as it is written elsewhere."""
+    head, mark, rest = text.partition(": ")
+    return f"{head.capitalize()}{mark}{rest}" if head.isupper() else text
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+@cache
+def _tree(method: str) -> ast.Module:
+    return ast.parse((Path(__file__).parent / f"{method}.py").read_text(encoding="utf-8"))
+
+
+def _head(method: str) -> str:
+    return ast.get_docstring(_tree(method))
+
+
+@cache
+def _read(method: str) -> tuple[dict[str, Option], dict[str, dict]]:
+    tree = _tree(method)
     (assign,) = (n for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "PRESETS")
     (owner,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == METHODS[method])
     (init,) = (n for n in owner.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
@@ -107,4 +155,4 @@ def _read(method: str) -> tuple[dict[str, Option], dict[str, dict], str]:
         kind = eval(ast.unparse(argument.annotation), {"Literal": Literal})  # our own source
         about = next(line.split(": ", 1)[1] for line in lines if line.startswith(f"{argument.arg}: "))
         options[argument.arg] = Option(kind, ast.literal_eval(default), about)
-    return options, ast.literal_eval(assign.value), ast.get_docstring(tree).splitlines()[0]
+    return options, ast.literal_eval(assign.value)

