@@ -97,7 +97,7 @@ def test_pickle_is_not_weights(folder):
         ({"arguments": {"dims": 10}}, "missing"),
         ({"weights_sha256": "0" * 64}, "SHA-256"),
         ({"calibration": 3}, "calibration"),
-        ({"calibration": {"x": 1}}, "calibration"),
+        ({"calibration": {"x": 1}}, "calibration .x. is unknown"),
     ],
 )
 def test_configuration_that_is_not_understood(folder, changes, words):
@@ -205,3 +205,18 @@ def test_text_is_replaced_at_once(tmp_path):
     assert [p.name for p in tmp_path.iterdir() if p.is_file()] == ["a.txt"] and (
         tmp_path / "a.txt"
     ).read_text() == "two"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("dims", bad) for bad in (10**12, -1, 1.5, "10", None, True, [10])),
+        *(("input_size", bad) for bad in (10**12, [64], [64, 64, 64], "64", {"a": 1})),
+        *(("backbone", bad) for bad in (None, 3, [], "x" * 1000, "../../etc")),
+        ("backbone_weights", "/etc/passwd"),
+    ],
+)
+def test_arguments_from_anywhere(folder, key, value):
+    config = json.loads((folder / "config.json").read_text())
+    edit(folder, arguments=config["arguments"] | {key: value})
+    refused(folder, "not understood|doesn't fit")

@@ -8,6 +8,7 @@ import json
 import os
 import secrets
 import shutil
+import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ if TYPE_CHECKING:  # torch is imported on use: the registry is listed without it
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CARD, RECORD = "model.safetensors", "config.json", "README.md", "results.json"
+LARGEST = {CONFIG: 2**26, CARD: 2**23, RECORD: 2**26}  # bytes of the texts of a model: more is none of ours
+LARGEST_HEADER = 2**22  # bytes; some 1,000 tensors take 100,000
 LAST = Path("private", "last.safetensors")  # what training changes, as of its last step, where another one was kept
 KEYS = {
     "format_version": int,
@@ -104,35 +107,68 @@ def load(folder: str | Path, build: Callable[[dict[str, Any]], "nn.Module"]) -> 
         ZooError: a file that is missing, damaged, foreign or newer, named.
     """
     import torch
-    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
     folder = Path(folder)
     config = read_config(folder)
     path = folder / WEIGHTS
-    if not path.is_file():
-        raise ZooError(f"{folder} has no {WEIGHTS}; only safetensors weights are loaded.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            stored = {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except (SafetensorError, OSError) as error:
-        raise ZooError(f"{path} is truncated or no safetensors file ({error}); fetch the model anew.") from error
+    stored = read_header(path)
     with torch.device("meta"):
-        expected = {name: list(tensor.shape) for name, tensor in build(config).state_dict().items()}
+        expected = {name: _described(tensor) for name, tensor in build(config).state_dict().items()}
     for name, shape in config["learned"].items():  # a size that is learned is 0 in an untrained module
-        if len(shape) == len(expected.get(name, ())):
-            expected[name] = [size or learned for size, learned in zip(expected[name], shape, strict=True)]
+        kind, sizes = expected.get(name, ("", []))
+        if len(shape) == len(sizes):
+            expected[name] = kind, [size or learned for size, learned in zip(sizes, shape, strict=True)]
     wrong = [name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name)]
     if wrong:
-        name = min(wrong)
-        raise ZooError(
-            f"{path} doesn't fit {CONFIG}: {name} has shape {stored.get(name)} where {expected.get(name)} is expected."
-        )
-    if _sha256(path) != config["weights_sha256"]:
-        raise ZooError(f"{path} is damaged or not the file that {CONFIG} names (SHA-256 differs); fetch it anew.")
+        found, wanted = (_in_words(of.get(min(wrong))) for of in (stored, expected))
+        raise ZooError(f"{path} doesn't fit {CONFIG}: {min(wrong)} is {found} where {wanted} is expected.")
+    check_weights(folder, config)
     module = build(config)
     module.load_state_dict(load_file(path))
     return module.eval(), config
+
+
+def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
+    """Type and shape of each tensor of a safetensors file; no tensor is read.
+
+    Raises:
+        ZooError: missing, truncated, or of another kind; a header that is too large for any model of the zoo.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ZooError(f"{path.parent} has no {WEIGHTS}; only safetensors weights are loaded.")
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+        if length > LARGEST_HEADER:
+            raise ZooError(f"{path} has a header of {length:,} bytes, more than any of ours; it is not loaded.")
+        with safe_open(path, framework="np") as file:  # without torch
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
+    except (SafetensorError, struct.error, OSError) as error:
+        raise ZooError(f"{path} is truncated or no safetensors file ({error}); fetch the model anew.") from error
+
+
+def check_weights(folder: Path, config: dict[str, Any]) -> None:
+    """Raises ZooError where the weights are not those that a configuration names."""
+    if _sha256(folder / WEIGHTS) != config["weights_sha256"]:
+        raise ZooError(
+            f"{folder / WEIGHTS} is damaged or not the file that {CONFIG} names (SHA-256 differs); fetch it anew."
+        )
+
+
+def _described(tensor: "torch.Tensor") -> tuple[str, list[int]]:
+    """Type, as safetensors calls it, and shape."""
+    kind = str(tensor.dtype).removeprefix("torch.")
+    for long, short in (("bfloat", "BF"), ("float", "F"), ("uint", "U"), ("int", "I"), ("bool", "BOOL")):
+        kind = kind.replace(long, short) if kind.startswith(long) else kind
+    return kind, list(tensor.shape)
+
+
+def _in_words(tensor: tuple[str, list[int]] | None) -> str:
+    return "no tensor" if tensor is None else f"{tensor[0]} of shape {tensor[1]}"
 
 
 def read_last(folder: Path) -> "dict[str, torch.Tensor]":
@@ -156,9 +192,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ZooError(f"{folder} is no model of the zoo: it has no {CONFIG}.")
     try:
+        if path.stat().st_size > LARGEST[CONFIG]:
+            raise ValueError("larger than any")
         config = json.loads(path.read_text(encoding="utf-8"))
         version = config["format_version"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise ZooError(f"{path} is damaged or no configuration of the zoo; fetch or save the model anew.") from error
     if not isinstance(version, int) or version > FORMAT_VERSION:
         raise ZooError(f"{path} has format version {version}, newer than {FORMAT_VERSION}; pip install --upgrade zoo.")

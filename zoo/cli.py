@@ -12,6 +12,7 @@ from typing import Literal
 from zoo import checkpoint, hub
 from zoo.calibration import check_rate, normals_needed, restored, supported_rate
 from zoo.cli_data import DATA_USAGE, data
+from zoo.cli_hub import publish
 from zoo.data import FORMS, check_data
 from zoo.errors import ZooError
 from zoo.inference import closing_lines, find_ignore, find_images, predict_files
@@ -45,6 +46,7 @@ USAGE = f"""usage: zoo COMMAND [--help]
   zoo evaluate NAME --data DATA
   zoo predict NAME PATH... --out DIR   heatmaps, masks, CSV and JSON
   zoo calibrate NAME --data DATA --false-alarm-rate 0.01
+  zoo publish NAME --to ORG/REPO       model, card and record, to the hub or a mirror of it
   zoo benchmark --data DATA            all methods, three seeds: Table 3, Figures 1 and 2, a page
 {DATA_USAGE}"""
 
@@ -96,29 +98,31 @@ def quickstart(argv: list[str]) -> None:
 def list_(argv: list[str]) -> None:
     parser = make_parser("list", "Methods, and the models of the local registry with their numbers.", config=False)
     parser.add_argument("pattern", nargs="?", default="*", help="shell pattern of model names, such as 'miic-*'")
-    pattern = parse(parser, argv).pattern
+    parser.add_argument(
+        "--remote", action="store_true", help="models on the hub, of $ZOO_NAMESPACE or of a pattern such as 'ORG/*'"
+    )
+    options = parse(parser, argv)
+    pattern = options.pattern
+    found = hub.list_models(pattern, options.remote)
     from rich.table import Table
 
     from zoo.tables import console
 
     screen = console()
-    if pattern == "*":
+    if pattern == "*" and not options.remote:
         methods = Table("method", "what", title="methods", title_justify="left", box=None)
         for method in list_methods():
             methods.add_row(method.replace("_", "-"), summary(method))
         screen.print(methods)
     models = Table("model", "method", "test data", *METRICS.values(), title="models", title_justify="left", box=None)
-    for name in hub.list_models(pattern):
-        folder = hub.model_place(name)
-        try:
-            config, record = checkpoint.read_config(folder), checkpoint.read_json(folder / checkpoint.RECORD)
-        except ZooError as error:
-            models.add_row(name, f"[red]{error}[/red]")
-            continue
-        figures = [f"{record['metrics'][k]:.4f}" if k in record.get("metrics", {}) else "-" for k in METRICS]
-        models.add_row(name, config["method"], record.get("test_data", {}).get("name", "-"), *figures)
+    for model in found:
+        figures = [f"{model.metrics[key]:.4f}" if key in model.metrics else "-" for key in METRICS]
+        about = [f"[red]{model.error}[/red]"] if model.error else [model.method, model.data or "-", *figures]
+        models.add_row(model, *about)
     if models.row_count:
         screen.print(models)
+    elif options.remote:
+        print(f"No model on the hub matches {pattern!r}.")
     else:
         print(f"No model matches {pattern!r} in {hub.registry()}; train one: zoo fit METHOD --data DATA.")
 
@@ -260,11 +264,15 @@ def evaluate(argv: list[str]) -> None:
         record = protocol.evaluate_by(options.protocol, *arguments, bootstrap=options.bootstrap)
     else:
         record = evaluation.evaluate(*arguments, options.bootstrap)
+    kept = not hub.is_cached(folder)
     if not launched()[0]:
-        evaluation.store_evaluation(folder, model, record)
+        if kept:
+            evaluation.store_evaluation(folder, model, record)
         if options.scores:
             evaluation.write_scores(Path(options.scores), model)
-    if before.get("test_data", record["test_data"])["name"] != record["test_data"]["name"]:
+    if not kept:
+        print(f"These figures are not kept: {options.name} is the hub's; zoo import {options.name} makes it your own.")
+    elif before.get("test_data", record["test_data"])["name"] != record["test_data"]["name"]:
         print(f"These figures replace those on {before['test_data']['name']}.")
     console().print(metric_table(record))
 
@@ -326,6 +334,8 @@ def calibrate(argv: list[str]) -> None:
     if rate is None:
         raise ZooError(f"zoo calibrate needs a rate: zoo calibrate {options.name} --data DATA --false-alarm-rate 0.01.")
     check_rate(rate)
+    if hub.is_cached(folder):
+        raise ZooError(f"{options.name} is the hub's; zoo import {options.name} makes a copy of your own to calibrate.")
     if options.min_area is not None and options.min_area < 1:
         raise ZooError(f"--min-area is at least 1 pixel, not {options.min_area}.")
     if not options.data:
@@ -395,6 +405,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "predict": predict,
     "calibrate": calibrate,
+    "publish": publish,
     "benchmark": benchmark,
     "data": data,
 }

@@ -166,6 +166,7 @@ def write_scores(path: Path, model: AnomalyModule) -> None:
 
 def store_evaluation(folder: Path, model: AnomalyModule, result: dict[str, Any]) -> None:
     """Put an evaluation's record, card and per-image scores into the model's folder."""
+    model.record = result
     write_scores(folder / "private" / "scores.csv", model)
     checkpoint.write_text(folder / checkpoint.CARD, render_card(model.config(), result))
     checkpoint.write_text(folder / checkpoint.RECORD, checkpoint.dump(result))

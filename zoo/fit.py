@@ -147,7 +147,7 @@ def fit(
     defects = module.num_defects if model.uses_defects else 0
     result = {
         "method": method,
-        "configuration": {"preset": preset, "model": model.kept_arguments(), "data": asdict(options)},
+        "configuration": {"preset": preset, "model": model.kept_arguments(), "data": options.kept()},
         "seed": model.hparams.seed,
         "precision": run.precision,
         "train_data": described(spec)
@@ -187,8 +187,9 @@ def fit(
     if module.broken:
         private["broken.csv"] = checkpoint.csv_text(["image", "reason"], module.broken)
     say_broken(module, run)
+    model.record = result
     if place is not None and trainer.is_global_zero:
-        model.save_pretrained(place, result, private)
+        model.save_pretrained(place, private=private)
         unfinished.discard()
     return model, result
 

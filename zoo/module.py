@@ -1,12 +1,13 @@
 """The one contract of all methods: images in, raw anomaly scores and maps out."""
 
 import math
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -24,6 +25,8 @@ from zoo.regions import Region, find_regions
 from zoo.sem import read_sem
 from zoo.tiles import by_tiles
 from zoo.view import View
+
+_VIEW = tuple(field.name for field in fields(View))
 
 
 class Scores(NamedTuple):
@@ -109,6 +112,7 @@ class AnomalyModule(LearningModule):
         self.mean, self.std = (0.5,) * self.channels, (0.5,) * self.channels
         self.calibration: Calibration | None = None
         self.preset: str | None = None
+        self.record: dict[str, Any] | None = None  # of its fit and evaluation, which its card states
         self.selection: dict[str, Any] | None = None  # metric, data, seed and size of what chose the weights
         self.view, self._other_tiles = View(), False
         self.metrics = AnomalyMetrics()
@@ -347,12 +351,21 @@ class AnomalyModule(LearningModule):
         }
 
     def take_config(self, config: dict[str, Any]) -> None:
-        """Take up what `config` gave, after the weights are loaded."""
-        self.preset, self.precision = config["preset"], config["precision"]
-        known = (field.name for field in fields(View))  # models of before have fewer
-        self.view = View(**{key: config["preprocessing"][key] for key in known if key in config["preprocessing"]})
-        self.selection = config.get("selection")  # models of before there was a selection
-        self.calibration = Calibration(**config["calibration"]) if config["calibration"] else None
+        """Take up what `config` gave.
+
+        Raises:
+            ValueError, TypeError: preprocessing that is not this module's, or unknown; a calibration of another kind.
+        """
+        given = config["preprocessing"]
+        own = {key: value for key, value in self.config()["preprocessing"].items() if key not in _VIEW}
+        if other := [key for key in given if key not in _VIEW and given[key] != own.get(key)]:
+            raise ValueError(f"preprocessing {min(other)!r} is unknown, or not that of the method and its arguments")
+        self.view = View(**{key: given[key] for key in _VIEW if key in given})  # models of before have fewer
+        self.preset, self.precision, self.selection = config["preset"], config["precision"], config.get("selection")
+        calibration = config["calibration"]
+        if unknown := set(calibration or ()) - {field.name for field in fields(Calibration)}:
+            raise ValueError(f"calibration {min(unknown)!r} is unknown")
+        self.calibration = Calibration(**calibration) if calibration else None
         if hasattr(self, "features"):
             self.features.source = config["backbone"]
 
@@ -363,19 +376,37 @@ class AnomalyModule(LearningModule):
 
         Args:
             folder: its place; a model that is already there is replaced, all at once.
-            record: the results that the card states.
+            record: the results that the card states; None: those that it was loaded with, or that its fit gave.
             private: further text files by name, kept under `private/`.
 
         Raises:
             ZooError: something else than a model lies there, or it can't be written.
         """
-        config = self.config()
+        config, record = self.config(), record or self.record
         extra = {checkpoint.CARD: render_card(config, record)}
         if record:
             extra[checkpoint.RECORD] = checkpoint.dump(record)
         private = {"state.json": checkpoint.dump(self.private_state())} | (private or {})
         extra |= {f"private/{k}": v for k, v in private.items()}
         return checkpoint.save(folder, self, config, extra, self.last_weights)
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None, **how: Any) -> Self:
+        """`zoo.from_pretrained` of a model of this class; arguments and errors are those."""
+        from zoo.hub import from_pretrained
+
+        model = from_pretrained(name, revision, **how)
+        if not isinstance(model, cls):
+            raise ZooError(f"{name} is a model of {model.method}; load it with zoo.from_pretrained({str(name)!r}).")
+        return model
+
+    def push_to_hub(self, repo_id: str, **how: Any) -> Any:
+        """Publish the model, as it is in memory and with its record; arguments, result and errors are those of
+        `zoo.publish.publish`."""
+        from zoo.publish import publish
+
+        with tempfile.TemporaryDirectory() as folder:
+            return publish(self.save_pretrained(Path(folder) / "model"), repo_id, **how)
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Buffers whose size is learnt (a memory bank) take the stored shape."""

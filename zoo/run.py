@@ -1,7 +1,7 @@
 """Where and how a run computes, and how long it trains."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
@@ -49,6 +49,10 @@ class DataOptions:
     intensity: str = "full"
     tile: int | None = None
     ignore: str | None = None
+
+    def kept(self) -> dict[str, Any]:
+        """As a record keeps them, without a place of this machine."""
+        return asdict(self) | {"ignore": None if self.ignore is None else "masks"}
 
     def loading(self) -> dict[str, Any]:
         """Those that the data module takes as they are."""

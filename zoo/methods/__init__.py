@@ -6,7 +6,8 @@ import importlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
 from zoo.errors import ZooError
 
@@ -94,6 +95,32 @@ def create_model(name: str, preset: str | None = None, **arguments: Any) -> Any:
     model = method_class(method)(**values)
     model.preset = preset
     return model
+
+
+def check_arguments(name: str, arguments: dict[str, Any]) -> None:
+    """Check the arguments of a saved model: all of its method's, each of its type, no path of a machine.
+
+    Raises:
+        ZooError: the first that is missing, unknown or of another type.
+    """
+    known = signature(name)
+    if wrong := known.keys() ^ arguments.keys():
+        raise ZooError(f"{min(wrong)!r} is missing or no argument of {name}")
+    local = method_class(name).local_arguments
+    for key, value in arguments.items():
+        if not _is_of(value, known[key].type) or (key in local and value is not None):
+            raise ZooError(f"argument {key!r} of {name} can't be {str(value)[:60]!r}")
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of an annotated type."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is UnionType:
+        return any(_is_of(value, each) for each in get_args(kind))
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(_is_of(each, *get_args(kind)) for each in value)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 def presets(name: str, preset: str) -> dict[str, dict[str, Any]]:
