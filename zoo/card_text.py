@@ -191,9 +191,10 @@ def _about_intervals(record: dict[str, Any]) -> str:
     if not (found := record.get("intervals")):
         return ""
     of = f" of the {_readings(record)[0]['about'].partition(',')[0]}" if _readings(record) else ""
+    level, drawn = f"{100 * found['level']:.4g} %", found["drawn"].removeprefix("images, ")
     return (
-        f"The {100 * found['level']:.4g} % intervals{of} come from {found['draws']:,} draws of the test images "
-        f"({found['drawn']}). They say how much the figures depend on which images were tested, not on the seed."
+        f"The {level} intervals{of} come from {found['draws']:,} draws of the test images ({drawn}). They say "
+        "how much the figures depend on which images were tested, not on the seed."
     )
 
 
@@ -257,10 +258,11 @@ def threshold(config: dict[str, Any], record: dict[str, Any]) -> str:
         False: ", of which it could not be checked whether the fit had seen them",
     }.get(origin.get("checked"), "")
     tiles = f", in tiles of {origin['tile']} pixels" if origin.get("tile") else ""
-    where = f"{source}{unseen}, in {found['precision']}{tiles}"
+    normals = _count(len(found["scores"]), "distinct normal image")
+    where = f"{normals}{source}{unseen}, in {found['precision']}{tiles}"
     sure, rate = f"{100 * found['confidence']:.4g} %", f"{100 * found['false_alarm_rate']:.4g} %"
     return (
-        f"Calibrated on {_count(len(found['scores']), 'distinct normal image')}{where}. {above} With {sure} confidence, at "
+        f"Calibrated on {where}. {above} With {sure} confidence, at "
         f"most {rate} of normal images are called anomalous by their scores, and at most as many (which may be others) "
         f"have a region of {area:,} pixel{'s' * (area > 1)} or more in the mask. It holds for images that are drawn as "
         "these were: of the same tool, process and size. `zoo calibrate` sets another rate, or takes other images."
