@@ -279,6 +279,7 @@ def test_the_papers_figures_stand_beside_miics_alone(config, record, name):
 
 def test_model_index_has_every_metric(config, record):
     record["other_scores"] = {"other": {"image_auroc": 0.25}}
+    record["readings"]["last"] = {"about": "last", "normal": 1, "anomalous": 1, "metrics": {"image_auroc": 0.5}}
     card = ModelCard(render_card(config, record, "acme/lot"))
     held_out, full = (record["readings"][name] for name in ("held_out", "full"))
     expected = {(held_out["about"], "other", "image ROC", 0.25)}
@@ -318,7 +319,7 @@ def test_the_licence_is_that_of_the_data(config, record, name, more, license, ti
     assert (data.license, data.get("license_name"), data.datasets) == (license, title, datasets)
     assert ("sem" in data.tags) == name.startswith(("miic", "miic-partial")) - (name == "miic-replica")
     terms = section(card, "Training data and terms")
-    assert ("whoever publishes the model" in terms) == (title == "owner-of-the-data")
+    assert ("Whoever publishes this model" in terms) == (title == "owner-of-the-data")
     assert ("Apache-2.0" in terms) == (not name.startswith("miic") or name == "miic-replica")
     assert "https://huggingface.co/datasets/acme/tiles" in terms if "tiles" in name else "acme" not in terms
 
@@ -415,6 +416,7 @@ def test_cards_read_as_if_somebody_had_written_them(method, config, record):
         assert not re.search(r"\b1 ([\w-]+ )*(image|one|defect|tile|pair|step|epoch|core|seed|fit|pixel)s\b", text), (
             state
         )
+        assert not re.search(r"\b1 ([\w-]+ ){,7}(were|have) ", text), state
         assert not re.search(r"^##+ .*\n+(?=##|\Z)", text, re.M), f"an empty section: {state}"
         assert ("uncalibrated" in text) == (
             bool(config_of["calibration"]) and not config_of["calibration"]["calibrated"]

@@ -256,8 +256,8 @@ def threshold(config: dict[str, Any], record: dict[str, Any]) -> str:
     where = f"{normals}{source}{unseen}, in {found['precision']}{tiles}"
     sure, rate = f"{100 * found['confidence']:.4g} %", f"{100 * found['false_alarm_rate']:.4g} %"
     return (
-        f"Calibrated on {where}. {above} With {sure} confidence, at most {rate} of normal images are called anomalous by "
-        f"their scores, and at most as many (which may be others) have a region of {_count(area, 'pixel')} or more in "
+        f"Calibrated on {where}. {above} With {sure} confidence, at most {rate} of normal images are called anomalous "
+        f"by their scores, and at most as many (which may be others) have a region of {_count(area, 'pixel')} or more in "
         "the mask. It holds for images that are drawn as these were: of the same tool, process and size. `zoo "
         "calibrate` sets another rate, or takes other images."
     )
