@@ -101,12 +101,17 @@ def numbers_of(value):
     if isinstance(value, dict):
         return set().union(*map(numbers_of, value.values()), *map(numbers_of, value)) if value else set()
     if isinstance(value, list):
-        return set().union(*map(numbers_of, value)) if value else set()
+        return {f"{len(value):,}"}.union(*map(numbers_of, value))
     if isinstance(value, str):
-        return set(re.findall(r"\d[\d,]*(?:\.\d+)?", value)) | set(re.findall(r"\d+", value[:16]))
+        return numbers_in(value) | numbers_in(value[:16])  # of a fingerprint
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return {str(value), f"{value:.4f}", f"{value:,}", f"{100 * value:.4g}"}
+        forms = {str(value), f"{value:.4f}", f"{value:,}", f"{100 * value:.4g}", f"{value:.6g}", f"{value:,g}"}
+        return forms | {f"{value:,.1f}", f"{value / 60:.1f}", f"{value / 3600:.1f}", f"{value:,.0f}"}
     return set()
+
+
+def numbers_in(text):
+    return set(re.findall(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)*", text))
 
 
 def check_results(card, method, record):
@@ -138,8 +143,30 @@ def check_results(card, method, record):
                 shown.add(title)
     assert {title for title in shown if title in held} == held.keys()
     prose = re.sub(r"^\|.*\|$", "", text, flags=re.MULTILINE)
-    unknown = set(re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?", prose)) - SAID - numbers_of(record or {})
+    unknown = numbers_in(prose) - SAID - numbers_of(record or {})
     assert not unknown, unknown
+
+
+def check_rest(card, config, record):
+    """Hold the numbers of what else is said of a model against its configuration and record."""
+    (arguments,) = re.findall(r"```json\n(.*?)```", card, re.DOTALL)
+    assert json.loads(arguments) == config["arguments"]
+    known = numbers_of({key: value for key, value in config.items() if key != "arguments"}) | numbers_of(record)
+    known |= numbers_in(TERMS["miic"]) | {"2.0"}  # of the licence
+    for title in ("Threshold and false alarms", "Training data and terms", "How it was made"):
+        text = re.sub(r"```.*?```|SHA-256 `\w+`|fingerprint `\w+`", "", section(card, title), flags=re.DOTALL)
+        unknown = numbers_in(text) - known
+        assert not unknown, (title, unknown)
+    stated = config["calibration"]
+    for said, value in (
+        (r"It learned from ([\d,]+) normal image", record["train_data"]["images"]),
+        (r"([\d,]+) more normal image", record["train_data"]["held_out"]),
+        (r"from a score of ([\d.e+-]+)\. ", stated["image_threshold"]),
+        (r"Calibrated on ([\d,]+) distinct|from ([\d,]+) held-out", len(stated["scores"])),
+        *([(r"at most ([\d.]+) % of normal images", 100 * stated["false_alarm_rate"])] if stated["calibrated"] else []),
+    ):
+        (found,) = re.findall(said, card)
+        assert float("".join(found).replace(",", "")) == pytest.approx(value, rel=1e-5)
 
 
 # ---- the cards that are committed ------------------------------------------------------------------------------------
@@ -170,6 +197,8 @@ def test_committed_cards_are_those_of_now(method):
 def test_every_number_of_a_committed_card_has_a_source(method):
     card, record = (committed(method) / "README.md").read_text(), beside(method)
     check_results(card, method, record)
+    if record is not None:
+        check_rest(card, read_config(committed(method)), record)
     if record is None:
         assert "not yet trained on MIIC" in card and "None of ours yet" in section(card, "Results")
         assert ModelCard(card).data.eval_results is None
@@ -233,6 +262,12 @@ def test_a_record_of_miic_makes_a_card_with_figures(tmp_path, config, record):
     record = as_miic(record)
     card = method_card("padim", with_record(tmp_path, config, record))
     check_results(card, "padim", record)
+    check_rest(card, config, record)
+    assert "at most 10 % of normal images" in card and "Calibrated on 61 distinct normal images" in card
+    for was, is_now in (("20 more", "21 more"), ("at most 10 %", "at most 11 %"), ("seed 1024, p", "seed 1023, p")):
+        assert was in card
+        with pytest.raises(AssertionError):
+            check_rest(card.replace(was, is_now), config, record)
     results = section(card, "Results")
     assert "paper (arXiv 2505.07576)" in results and "0.8489" in results and "no finding about a method" in results
     assert "mean of 3 seeds" in results and f"are those of seed {record['seed']}" in results

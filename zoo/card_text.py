@@ -257,9 +257,9 @@ def threshold(config: dict[str, Any], record: dict[str, Any]) -> str:
     sure, rate = f"{100 * found['confidence']:.4g} %", f"{100 * found['false_alarm_rate']:.4g} %"
     return (
         f"Calibrated on {where}. {above} With {sure} confidence, at most {rate} of normal images are called anomalous "
-        f"by their scores, and at most as many (which may be others) have a region of {_count(area, 'pixel')} or more in "
-        "the mask. It holds for images that are drawn as these were: of the same tool, process and size. `zoo "
-        "calibrate` sets another rate, or takes other images."
+        "by their scores, and at most as many (which may be others) have a region of "
+        f"{_count(area, 'pixel')} or more in the mask. It holds for images that are drawn as these were: of the same "
+        "tool, process and size. `zoo calibrate` sets another rate, or takes other images."
     )
 
 
