@@ -171,8 +171,11 @@ def test_offline_mode_takes_the_cache_alone(hub, published, fitted, monkeypatch)
 def test_cache_of_the_hubs_own_tools_is_taken(hub, published, fitted, tmp_path):
     snapshot_download(REPO)
     snapshot_download(REPO, local_dir=tmp_path / "by-hand")
+    hf = Path(sys.executable).with_name("hf")
+    subprocess.run([hf, "download", REPO, "--local-dir", tmp_path / "hf"], check=True, capture_output=True)
     hub.close()
-    assert same(from_pretrained(REPO), fitted) and same(from_pretrained(tmp_path / "by-hand"), fitted)
+    for name in (REPO, tmp_path / "by-hand", tmp_path / "hf"):
+        assert same(from_pretrained(name), fitted)
 
 
 def test_own_cache_folder(hub, published, fitted, tmp_path):
@@ -360,6 +363,23 @@ def test_local_list_has_figures(mvtec, capsys):
     (model,) = list_models()
     record = checkpoint.read_json(model_place("a") / "results.json")
     assert model == "a" and model.method == "padim" and model.data == "tiles" and model.metrics == record["metrics"]
+
+
+def test_backbone_from_a_mirror_is_part_of_the_model(hub, mvtec, tmp_path):
+    """ImageNet weights come by the same way as models, once: afterwards the model has all that it needs."""
+    import timm
+
+    state = timm.create_model("resnet18.tv_in1k", pretrained=False).state_dict()
+    save_file(state, tmp_path / "resnet.safetensors")
+    hub.edit("timm/resnet18.tv_in1k", {"model.safetensors": (tmp_path / "resnet.safetensors").read_bytes()})
+    arguments = {"backbone": "resnet18.tv_in1k", "input_size": 64, "bank_size": 50}
+    model, _ = fit("patchcore", str(mvtec), preset="lite", arguments=arguments)
+    assert model.features.source["weights"] == "hub:timm/resnet18.tv_in1k"
+    assert torch.equal(model.features.trunk.conv1.weight, state["conv1.weight"])
+    model.push_to_hub("fab/resnet")
+    del hub.repos["models/timm/resnet18.tv_in1k"]
+    loaded = from_pretrained("fab/resnet", cache_dir=tmp_path / "elsewhere")
+    assert same(loaded, model) and loaded.features.source == model.features.source
 
 
 # ---- a clean process -------------------------------------------------------------------------------------------------
