@@ -160,6 +160,7 @@ def check_rest(card, config, record):
     stated = config["calibration"]
     for said, value in (
         (r"It learned from ([\d,]+) normal image", record["train_data"]["images"]),
+        (r", seed (\d+), precision", record["seed"]),
         (r"([\d,]+) more normal image", record["train_data"]["held_out"]),
         (r"from a score of ([\d.e+-]+)\. ", stated["image_threshold"]),
         (r"Calibrated on ([\d,]+) distinct|from ([\d,]+) held-out", len(stated["scores"])),
@@ -276,7 +277,7 @@ def test_a_record_of_miic_makes_a_card_with_figures(tmp_path, config, record):
     for wrong in (
         card.replace("| 0.8489 |", "| 0.8498 |"),
         card.replace(f"| {record['metrics']['image_auroc']:.4f} |", "| 0.9876 |", 1),
-        card.replace("50 draws", "60 draws"),
+        card.replace("50 draws", "51 draws"),
         re.sub(r"\| (\d\.\d{3}) to", "| 0.001 to", card, count=1),
         re.sub(r"± 0.0123", "± 0.0132", card, count=1),
     ):
