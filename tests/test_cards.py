@@ -168,6 +168,8 @@ def check_rest(card, config, record):
     ):
         (found,) = re.findall(said, card)
         assert float("".join(found).replace(",", "")) == pytest.approx(value, rel=1e-5)
+    (took,) = re.findall(r"- fit: ([\d.]+) (s|min|h), ", card)
+    assert float(took[0]) == round(record["seconds"]["fit"] / {"s": 1, "min": 60, "h": 3600}[took[1]], 1)
 
 
 # ---- the cards that are committed ------------------------------------------------------------------------------------
