@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hub_server import READ, STRANGER, WRITE, environment
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from PIL import Image
 
 from zoo import checkpoint
@@ -103,6 +103,22 @@ def test_data_is_named_where_that_is_asked_for(hub, folder):
     assert "lot-4711-secret" in (folder / "results.json").read_text()  # here it keeps its name
     publish(folder, REPO, data_names=True)
     assert json.loads(hub.files(REPO)["results.json"])["test_data"]["name"] == "lot-4711-secret"
+
+
+@pytest.mark.parametrize("private", [False, True])
+def test_data_set_on_the_hub_is_named_where_all_may_see_it(hub, folder, tmp_path, private):
+    hub.edit("lab/lots", {"zoo.json": b"{}"}, kind="datasets")
+    hub.set_private("lab/lots", private, kind="datasets")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    record = json.loads((copy / "results.json").read_text())
+    for part in ("train_data", "test_data"):
+        record[part] |= {"name": "lot 12", "hub": f"lab/lots@{'0' * 40}"}
+    (copy / "results.json").write_text(json.dumps(record))
+    publish(copy, REPO)
+    sent = b"".join(hub.files(REPO).values())
+    assert (b"lot 12" in sent) == (b"lab/lots" in sent) == (not private)
+    assert (ModelCard(hub.files(REPO)["README.md"].decode()).data.datasets == ["lab/lots"]) == (not private)
+    assert (EVALUATION in hub.files(REPO)) == (not private)
 
 
 def test_place_of_the_machine_is_refused(hub, folder, tmp_path):

@@ -42,14 +42,21 @@ class Published(NamedTuple):
     uploaded: list[str]
 
 
-def stage(folder: str | Path, out: str | Path, repo: str | None = None, data_names: bool = False) -> Path:
+def stage(
+    folder: str | Path,
+    out: str | Path,
+    repo: str | None = None,
+    data_names: bool = False,
+    is_open: Callable[[str], bool] = lambda repo: False,
+) -> Path:
     """Write what of a model's folder is public into another one, which is a model's folder itself.
 
     Args:
         folder: of a fitted model.
         out: its place; a model that is already there is replaced.
         repo: `ORG/NAME` that its card is for; None: a folder.
-        data_names: name folders of images as they are called; else they are "private images".
+        data_names: name folders of images and data sets as they are called; else they are "private images".
+        is_open: whether anybody may see a data set `ORG/NAME` on the hub, which then keeps its name.
 
     Raises:
         ZooError: damaged weights; a place of this machine or the name of an image in what would be public.
@@ -59,7 +66,7 @@ def stage(folder: str | Path, out: str | Path, repo: str | None = None, data_nam
     checkpoint.read_header(folder / WEIGHTS)
     checkpoint.check_weights(folder, config)
     checkpoint.check_place(out)
-    record = record if data_names else _without_names(record)
+    record = record if data_names else _without_names(record, is_open)
     texts = {CONFIG: checkpoint.dump(config), CARD: signed(render_card(config, record or None, repo))}
     texts |= {RECORD: checkpoint.dump(record)} if record else {}
     found = eval_results(config, record, repo) if record and repo else None
@@ -104,8 +111,8 @@ def publish(
     """
     check_target(repo, tag)
     with tempfile.TemporaryDirectory() as place, _explained(repo):
-        staged = stage(folder, Path(place) / "model", repo, data_names)
         hub = _Hub(repo, token)
+        staged = stage(folder, Path(place) / "model", repo, data_names, hub.is_open)
         hub.open(private)
         files = {name: staged / name for name in PUBLIC if (staged / name).is_file()}
         if CARD in hub.files and not overwrite_card and is_edited(text := hub.card(Path(place))):
@@ -148,13 +155,14 @@ def is_edited(card: str) -> bool:
     return match is None or match[1] != _sha256(card[: match.start()].encode())
 
 
-def _without_names(record: dict[str, Any]) -> dict[str, Any]:
-    """A record in which folders of images have no name of their own."""
+def _without_names(record: dict[str, Any], is_open: Callable[[str], bool]) -> dict[str, Any]:
+    """A record in which data that not everybody may see has no name of its own."""
     record = json.loads(json.dumps(record))
     for data in (record.get("train_data"), record.get("test_data"), record.get("calibration", {}).get("data")):
-        if data and not ("hub" in data or public_name(data)):
-            data["name"] = PRIVATE
-            data |= {"pairs_of": PRIVATE} if "pairs_of" in data else {}
+        if not data or public_name(data) or ("hub" in data and is_open(data["hub"].partition("@")[0])):
+            continue
+        data.pop("hub", None)
+        data |= {"name": PRIVATE} | ({"pairs_of": PRIVATE} if "pairs_of" in data else {})
     return record
 
 
@@ -214,6 +222,17 @@ class _Hub:
         self.head = info.sha
         found = self.api.get_paths_info(self.repo, list(PUBLIC), revision=self.head)
         self.files = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in found}
+
+    def is_open(self, data: str) -> bool:
+        """Whether a data set is there for somebody without a token."""
+        from huggingface_hub.errors import HTTPError
+
+        from zoo.remote import TIMEOUT
+
+        try:
+            return not self.api.dataset_info(data, token=False, timeout=TIMEOUT).private
+        except (HTTPError, ValueError):  # a name that is told by mistake can't be taken back
+            return False
 
     def card(self, place: Path) -> str:
         path = self.api.hf_hub_download(self.repo, CARD, revision=self.head, cache_dir=place / "cache")

@@ -65,7 +65,14 @@ def round_trip(place, methods):
     methods = [method.replace("_", "-") for method in methods or list_methods()]
     names = [f"miic-{method}" for method in methods]
     clean = clean_environment(place)
-    run([sys.executable, ROOT / "tests/miic_replica.py", place / "replica", *"--train 60 --normal 30".split()])
+    run(
+        [
+            sys.executable,
+            ROOT / "tests/miic_replica.py",
+            place / "replica",
+            *"--train 60 --normal 30 --traps leak ringing".split(),
+        ]
+    )
     with hub(place) as (server, common):
         ours = common | {"ZOO_HOME": str(place / "home"), "HF_HOME": str(place / "hf")}
         for method, name in zip(methods, names, strict=True):
