@@ -378,12 +378,9 @@ def benchmark(argv: list[str]) -> None:
     out, records = user_path(options.render or options.out), {}
     if not options.render:
         from zoo.benchmark import run_benchmark
-        from zoo.plan import Plan
+        from zoo.plan import plan_of
 
-        plan = Plan(**{key: options[key] for key in Plan.__dataclass_fields__} | {"out": out})
-        plan.budget = None if options.budget is None else str(options.budget)
-        plan.precision = options.precision or "32-true"
-        records = run_benchmark(plan, partial(print, flush=True))
+        records = run_benchmark(plan_of(options, out), partial(print, flush=True))
     if launched()[0]:  # the first of several processes renders, and ends with the code that counts
         return
     from zoo.report import render
