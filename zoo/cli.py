@@ -12,7 +12,7 @@ from typing import Literal
 from zoo import checkpoint, hub
 from zoo.calibration import check_rate, normals_needed, restored, supported_rate
 from zoo.cli_data import DATA_USAGE, data
-from zoo.cli_hub import publish
+from zoo.cli_hub import import_, publish, release
 from zoo.data import FORMS, check_data
 from zoo.errors import ZooError
 from zoo.inference import closing_lines, find_ignore, find_images, predict_files
@@ -48,6 +48,8 @@ USAGE = f"""usage: zoo COMMAND [--help]
   zoo calibrate NAME --data DATA --false-alarm-rate 0.01
   zoo publish NAME --to ORG/REPO       model, card and record, to the hub or a mirror of it
   zoo benchmark --data DATA            all methods, three seeds: Table 3, Figures 1 and 2, a page
+  zoo release --data DATA --to ORG     the same, and a calibrated model of each; to the hub with --yes
+  zoo import FOLDER                    models that came from elsewhere, into the local registry
 {DATA_USAGE}"""
 
 
@@ -404,6 +406,8 @@ COMMANDS = {
     "calibrate": calibrate,
     "publish": publish,
     "benchmark": benchmark,
+    "release": release,
+    "import": import_,
     "data": data,
 }
 
