@@ -145,8 +145,8 @@ def test_models_are_calibrated_where_the_images_are_enough(made):
     assert "30 normal images" in from_pretrained(made["out"] / "models" / PADIM).predict(np.zeros((64, 64))).verdict
     config = json.loads((made["out"] / f"models/{STFPM}/config.json").read_text())
     assert not config["calibration"]["calibrated"]
-    seen = re.search(rf"{STFPM} stays uncalibrated: .* takes 29 normal images, and there are (\d+)", made["said"])
-    assert 20 <= int(seen[1]) < 29
+    seen = re.search(rf"rate: {STFPM}\. .* takes 29 normal images, and there are (\d+): .*", made["said"])
+    assert 20 <= int(seen[1]) < 29 and "--hold-out" not in seen[0]
 
 
 def test_without_yes_nothing_goes_anywhere(made, capsys, hub):

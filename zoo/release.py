@@ -82,16 +82,22 @@ def run_release(release: Release, say: Callable[[str], None]) -> dict[str, str]:
     names = check_release(release, say)
     records = run_benchmark(release.plan, say)
     failed = {name: record["failed"] for name, record in records.items() if "failed" in record}
-    ready = {}
+    ready: dict[str, Path] = {}
+    uncalibrated: dict[str, list[str]] = {}
     for method, name in names.items():
         runs = [run_name(method, seed) for seed in range(release.plan.seeds)]
         if failed.keys() & set(runs):
             say(f"{name} is held back until all of its runs have succeeded.")
             continue
         try:
-            ready[name] = _staged(release, method, name, runs, say)
+            ready[name], why = _staged(release, method, name, runs, say)
         except ZooError as error:
             failed[name] = str(error)
+            continue
+        if why:
+            uncalibrated.setdefault(why, []).append(name)
+    for why, which in uncalibrated.items():
+        say(f"Without a false-alarm rate: {', '.join(which)}. {why}")
     say(f"{len(ready)} of {len(names)} models are in {release.out / MODELS}.")
     for name, folder in ready.items():
         repo = f"{release.org}/{name}"
@@ -143,7 +149,7 @@ def _prefix(release: Release, spec: DataSpec) -> str:
     Raises:
         ZooError: no name; MIIC's, or a name that may be private.
     """
-    own = _slug(spec.name)
+    own = _slug(spec.name.partition(":")[0])  # of the built-in set without its options
     prefix = own if release.prefix is None else _slug(release.prefix)
     if not prefix or (release.prefix is not None and prefix != release.prefix.lower().replace("_", "-")):
         raise ZooError(f"--prefix is letters, digits and single dashes, such as fab7; not {release.prefix or own!r}.")
@@ -211,15 +217,17 @@ def check_access(org: str, say: Callable[[str], None]) -> None:
 # ---- models that can be published ------------------------------------------------------------------------------------
 
 
-def _staged(release: Release, method: str, name: str, runs: Sequence[str], say: Callable[[str], None]) -> Path:
-    """The public folder of a method's model, written anew."""
+def _staged(
+    release: Release, method: str, name: str, runs: Sequence[str], say: Callable[[str], None]
+) -> tuple[Path, str | None]:
+    """The public folder of a method's model, written anew; and why it is not calibrated, if it is not."""
     held = f"Another release works in {release.out}; try again when it has ended."
     with locked(release.plan.out / f".{name}.release", PATIENCE, held):
-        ready = _ready(release, method, name, runs, say)
-        return stage(ready, release.out / MODELS / name, f"{release.org}/{name}")
+        ready, why = _ready(release, method, runs, say)
+        return stage(ready, release.out / MODELS / name, f"{release.org}/{name}"), why
 
 
-def _ready(release: Release, method: str, name: str, runs: Sequence[str], say: Callable[[str], None]) -> Path:
+def _ready(release: Release, method: str, runs: Sequence[str], say: Callable[[str], None]) -> tuple[Path, str | None]:
     """The model of seed 0, calibrated, with what the other seeds say in its record; made once of the same records."""
     out = release.plan.out
     source, ready = hub.model_place(runs[0], out), out / "ready" / method
@@ -229,9 +237,7 @@ def _ready(release: Release, method: str, name: str, runs: Sequence[str], say: C
     if mark.get("from") != made_from:
         mark = {"from": made_from, "uncalibrated": _make_ready(release, source, ready, records, say)}
         write_text(ready / MARK, dump(mark))
-    if why := mark["uncalibrated"]:
-        say(f"{name} stays uncalibrated: {why}")
-    return ready
+    return ready, mark["uncalibrated"]
 
 
 def _make_ready(
@@ -248,7 +254,7 @@ def _make_ready(
         try:
             _calibrate(release, source, temporary, result, say)
         except TooFewNormals as error:
-            why = str(error)
+            why = str(error.__cause__ or error)  # without the remedy of a single fit
     return why
 
 
