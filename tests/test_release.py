@@ -92,9 +92,11 @@ def made(tmp_path_factory):
         assert main(command(data, out)) == 130
         first, runs = contents(out / "models"), contents(out / "work/runs")
         assert {name.split("/")[0] for name in first} == {STFPM}
+        (out / f"models/.{PADIM}.1-2").mkdir()  # as a kill in the midst of writing leaves it
         patch.setattr(release, "stage", stage)
         with contextlib.redirect_stdout(said):
             assert main(command(data, out)) == 0
+    assert not list((out / "models").glob(".*")) and not list((out / "work/ready").glob(".*"))
     assert first.items() <= contents(out / "models").items() and runs == contents(out / "work/runs")
     return {"data": data, "out": out, "root": root, "said": said.getvalue()}
 
@@ -280,11 +282,15 @@ def quiet(line):
 
 def test_a_set_is_imported_and_predicts_the_same(made, carried, capsys, tmp_path):
     (carried / PADIM / "secret.txt").write_text("private")
+    record = json.loads((carried / PADIM / "results.json").read_text())
+    record["train_data"]["terms"] = "for research only"
+    (carried / PADIM / "results.json").write_text(json.dumps(record))
     (carried / PADIM / ".eval_results").mkdir(exist_ok=True)
     (carried / PADIM / ".eval_results/more.yaml").write_text("[]")
     (carried / PADIM / ".eval_results/more.py").write_text("")
     assert main(["import", str(carried)]) == 0
-    assert f"Imported {PADIM}, {STFPM} into {names.registry()}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"Imported {PADIM}, {STFPM} into {names.registry()}" in said and "learned from: for research only" in said
     assert [str(name) for name in names.list_models()] == [PADIM, STFPM]
     images = [np.random.default_rng(seed).random((70, 60)) for seed in range(3)]
     for name in (PADIM, STFPM):
@@ -339,6 +345,9 @@ def damage(folder, case):
     if case == "unreadable record":
         (folder / "results.json").write_text("{")
         return "results.json is damaged"
+    if case == "endless card":
+        os.truncate(folder / "README.md", 2**33)  # of holes, which take no room here
+        return "README.md is larger than 8,388,608 bytes"
     if case == "fifo":
         (folder / "README.md").unlink()
         os.mkfifo(folder / "README.md")
@@ -359,10 +368,10 @@ def damage(folder, case):
     return "is a link to another place, which is not followed"
 
 
-CASES = ["flipped", "cut", "no weights", "no config", "newer", "other method", "unreadable record", "fifo", "link"]
+CASES = ["flipped", "cut", "no weights", "no config", "newer", "other method", "unreadable record", "endless card"]
 
 
-@pytest.mark.parametrize("case", [*CASES, "linked folder", "linked yaml"])
+@pytest.mark.parametrize("case", [*CASES, "fifo", "link", "linked folder", "linked yaml"])
 def test_a_damaged_or_treacherous_model_is_refused_and_none_is_taken(carried, capsys, case):
     expected = damage(carried / STFPM, case)
     assert main(["import", str(carried)]) == 2

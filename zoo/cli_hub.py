@@ -1,4 +1,4 @@
-"""The commands between this machine and others: publish, release, import. Arguments are checked before torch is imported."""
+"""The commands between this machine and others. Arguments are checked before torch is imported."""
 
 import sys
 from functools import partial
@@ -91,4 +91,8 @@ def import_(argv: list[str]) -> None:
 
     names = import_models(options.what, options.replace, print)
     if names:
+        abouts = [checkpoint.read_json(hub.model_place(name) / checkpoint.RECORD) for name in names]
+        for terms in dict.fromkeys(about.get("train_data", {}).get("terms") for about in abouts):
+            if terms:
+                print(f"Terms of the data that they were learned from: {terms}")
         print(f"Imported {', '.join(names)} into {hub.registry()}.\nNext: zoo predict {names[0]} PATH --out DIR")

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from zoo import checkpoint, hub
-from zoo.checkpoint import CARD, CONFIG, RECORD, WEIGHTS
+from zoo.checkpoint import CARD, CONFIG, LARGEST, RECORD, WEIGHTS
 from zoo.errors import ZooError
 from zoo.paths import user_path
 
@@ -103,6 +103,10 @@ def _public_files(folder: Path, root: Path) -> dict[str, Path]:
             )
         if not real.is_file():
             raise ZooError(f"{path} is no file; copy or fetch the model anew.")
+        if name != WEIGHTS and real.stat().st_size > (most := LARGEST.get(name, LARGEST[CARD])):
+            raise ZooError(
+                f"{path} is larger than {most:,} bytes, and none of the zoo's; copy or fetch the model anew."
+            )
         files[name] = real
     return files
 

@@ -223,6 +223,9 @@ def _staged(
     """The public folder of a method's model, written anew; and why it is not calibrated, if it is not."""
     held = f"Another release works in {release.out}; try again when it has ended."
     with locked(release.plan.out / f".{name}.release", PATIENCE, held):
+        for place in (release.out / MODELS / name, release.plan.out / "ready" / method):
+            for left in place.parent.glob(f".{place.name}.*"):  # by one that was killed
+                shutil.rmtree(left, ignore_errors=True)
         ready, why = _ready(release, method, runs, say)
         return stage(ready, release.out / MODELS / name, f"{release.org}/{name}"), why
 
