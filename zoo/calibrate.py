@@ -18,6 +18,7 @@ from rich.progress import track
 from zoo import checkpoint, ranks, record
 from zoo.calibration import (
     Calibration,
+    TooFewNormals,
     calibrated,
     check_normals,
     check_rate,
@@ -71,7 +72,7 @@ def calibrate(
         What the record says of it, and name, score and level (`zoo.regions.region_level`) of each image.
 
     Raises:
-        ZooError: images that the model has seen; fewer than the rate takes; one that can't be read.
+        ZooError: images that the model has seen; one that can't be read; fewer than the rate takes (`TooFewNormals`).
     """
     run, start = first_speaks(run or RunOptions(precision=model.precision)), time.perf_counter()
     check_rate(rate)
@@ -170,11 +171,11 @@ class _Unseen(NamedTuple):
 def _check_enough(unseen: _Unseen, rate: float) -> None:
     try:
         check_normals(sum(map(len, unseen.parts)), rate)
-    except ZooError as error:
+    except TooFewNormals as error:
         if not unseen.own:
             raise
         remedy = f"a fit with --hold-out {normals_needed(rate)} sets as many of its own aside."
-        raise ZooError(f"{str(error).rstrip('.')}; {remedy}") from error
+        raise TooFewNormals(f"{str(error).rstrip('.')}; {remedy}") from error
 
 
 def _unseen(
@@ -208,7 +209,7 @@ def _unseen(
             "that it hasn't seen, or the fit's own --data, of which it takes what was held out."
         )
     if not sum(map(len, parts)):
-        raise ZooError(f"--data {spec.name} has no normal image that the model hasn't seen; add some.")
+        raise TooFewNormals(f"--data {spec.name} has no normal image that the model hasn't seen; add some.")
     if known:
         run.say(f"{len(known):,} images are left out: under other names, the fit or the selection has seen them.")
     if repeated:

@@ -18,6 +18,10 @@ from zoo.errors import ZooError
 CONFIDENCE = 0.95  # that the true rate is at most the stated one
 
 
+class TooFewNormals(ZooError):
+    """Normal images that don't support a rate."""
+
+
 @dataclass(frozen=True)
 class Calibration:
     """What a model knows of normal images that it was not fitted on.
@@ -146,11 +150,11 @@ def check_normals(n: int, rate: float) -> None:
     """Whether n normals support a rate.
 
     Raises:
-        ZooError: they don't, with the rate that they do support and the number that this one takes.
+        TooFewNormals: they don't, with the rate that they do support and the number that this one takes.
     """
     if allowed_above(n, rate) < 0:
         are, least = "is 1" if n == 1 else f"are {n:,}", supported_rate(n)
-        raise ZooError(
+        raise TooFewNormals(
             f"A false-alarm rate of {rate:g} takes {normals_needed(rate):,} normal images, and there {are}: "
             f"give more, or take --false-alarm-rate {least:g}, the lowest for so many."
         )

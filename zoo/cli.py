@@ -12,7 +12,7 @@ from typing import Literal
 from zoo import checkpoint, hub
 from zoo.calibration import check_rate, normals_needed, restored, supported_rate
 from zoo.cli_data import DATA_USAGE, data
-from zoo.cli_hub import publish
+from zoo.cli_hub import import_, publish, release
 from zoo.data import FORMS, check_data
 from zoo.errors import ZooError
 from zoo.inference import closing_lines, find_ignore, find_images, predict_files
@@ -48,6 +48,8 @@ USAGE = f"""usage: zoo COMMAND [--help]
   zoo calibrate NAME --data DATA --false-alarm-rate 0.01
   zoo publish NAME --to ORG/REPO       model, card and record, to the hub or a mirror of it
   zoo benchmark --data DATA            all methods, three seeds: Table 3, Figures 1 and 2, a page
+  zoo release --data DATA --to ORG     the same, and a calibrated model of each; to the hub with --yes
+  zoo import FOLDER                    models that came from elsewhere, into the local registry
 {DATA_USAGE}"""
 
 
@@ -378,12 +380,9 @@ def benchmark(argv: list[str]) -> None:
     out, records = user_path(options.render or options.out), {}
     if not options.render:
         from zoo.benchmark import run_benchmark
-        from zoo.plan import Plan
+        from zoo.plan import plan_of
 
-        plan = Plan(**{key: options[key] for key in Plan.__dataclass_fields__} | {"out": out})
-        plan.budget = None if options.budget is None else str(options.budget)
-        plan.precision = options.precision or "32-true"
-        records = run_benchmark(plan, partial(print, flush=True))
+        records = run_benchmark(plan_of(options, out), partial(print, flush=True))
     if launched()[0]:  # the first of several processes renders, and ends with the code that counts
         return
     from zoo.report import render
@@ -407,6 +406,8 @@ COMMANDS = {
     "calibrate": calibrate,
     "publish": publish,
     "benchmark": benchmark,
+    "release": release,
+    "import": import_,
     "data": data,
 }
 

@@ -1,9 +1,13 @@
-"""The commands between this machine and others: publish. Arguments are checked before torch is imported."""
+"""The commands between this machine and others. Arguments are checked before torch is imported."""
+
+import sys
+from functools import partial
 
 from zoo import checkpoint, hub
 from zoo.data.terms import terms_of
 from zoo.errors import ZooError
-from zoo.options import make_parser, parse
+from zoo.options import add_plan_options, make_parser, parse
+from zoo.paths import user_path
 
 
 def publish(argv: list[str]) -> None:
@@ -42,3 +46,53 @@ def publish(argv: list[str]) -> None:
         f"Uploaded to {done.url}: {what} (commit {done.commit[:7]}{f', tag {options.tag}' * bool(options.tag)}).\n"
         f'Next: python -c "import zoo; zoo.from_pretrained({options.to!r})"'
     )
+
+
+def release(argv: list[str]) -> None:
+    parser = make_parser("release", "Train, evaluate and calibrate methods, and publish a model of each.")
+    parser.add_argument("--to", type=str | None, default=None, help="user or organisation on the hub")
+    parser.add_argument("--out", type=str, default="zoo-release", help="folder: models to carry away, and private work")
+    parser.add_argument(
+        "--prefix", type=str | None, default=None, help="of names, as in PREFIX-cfa; null: the data's name"
+    )
+    parser.add_argument(
+        "--false-alarm-rate", type=float, default=0.01, help="that models are calibrated for, if they can"
+    )
+    parser.add_argument("--private", action="store_true", help="new repositories are seen by their owners only")
+    parser.add_argument("--tag", type=str | None, default=None, help="name of this version, such as v1")
+    parser.add_argument("--yes", action="store_true", help="push; else it is only said what would be")
+    add_plan_options(parser)
+    options = parse(parser, argv)
+    for needed, form in (("data", "miic:DIR"), ("to", "ORG")):
+        if not options[needed]:
+            raise ZooError(f"zoo release needs --{needed} {form}: zoo release --data DATA --to ORG.")
+    from zoo.plan import plan_of
+    from zoo.release import DRAWS, WORK, Release, closing_lines, run_release
+
+    out = user_path(options.out)
+    plan = plan_of(options, out / WORK, bootstrap=DRAWS)
+    how = (options.false_alarm_rate, options.yes, options.private, options.tag)
+    planned = Release(plan, options.to, options.prefix, *how)
+    failed = run_release(planned, partial(print, flush=True))
+    for line in closing_lines(planned, argv):
+        print(line)
+    if failed:
+        for name, why in failed.items():
+            print(f"{name}: {why}", file=sys.stderr)
+        raise ZooError(f"{len(failed)} failed: {', '.join(failed)}; the same command tries them again.")
+
+
+def import_(argv: list[str]) -> None:
+    parser = make_parser("import", "Take models into the local registry, each checked whole.", config=False)
+    parser.add_argument("what", help="folder of a model or of several, or a repository on the hub, as ORG/NAME")
+    parser.add_argument("--replace", action="store_true", help="take the place of other models of the same names")
+    options = parse(parser, argv)
+    from zoo.importing import import_models
+
+    names = import_models(options.what, options.replace, print)
+    if names:
+        abouts = [checkpoint.read_json(hub.model_place(name) / checkpoint.RECORD) for name in names]
+        for terms in dict.fromkeys(about.get("train_data", {}).get("terms") for about in abouts):
+            if terms:
+                print(f"Terms of the data that they were learned from: {terms}")
+        print(f"Imported {', '.join(names)} into {hub.registry()}.\nNext: zoo predict {names[0]} PATH --out DIR")

@@ -70,8 +70,23 @@ def data_values(options: Any) -> dict[str, Any]:
 
 
 def add_benchmark_options(parser: Any) -> None:
-    parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
     parser.add_argument("--out", type=str, default="zoo-benchmark", help="folder of records, models, tables and page")
+    add_plan_options(parser)
+    parser.add_argument(
+        "--protocol", type=Literal["house", "paper"], default="house", help="halves, or all at 224 x 224; see evaluate"
+    )
+    parser.add_argument("--select", type=str, default="image_auroc", help="which step is kept; see fit")
+    parser.add_argument(
+        "--figure-method", type=str | None, default=None, help="of Figure 1; null: the best by image ROC"
+    )
+    parser.add_argument(
+        "--render", type=str | None, default=None, help="only render this folder of an earlier benchmark"
+    )
+
+
+def add_plan_options(parser: Any) -> None:
+    """What is run on which data, where: of a benchmark and of a release."""
+    parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
     parser.add_argument("--methods", type=str, nargs="+", default=list_methods(), help="ids; all of them by default")
     parser.add_argument("--seeds", type=int, default=3, help="runs a method, with the seeds 0, 1, ...")
     parser.add_argument(
@@ -87,10 +102,6 @@ def add_benchmark_options(parser: Any) -> None:
         help="optimiser steps of each method that takes steps, such as 300, or a share of its preset's, such as 10%",
     )
     parser.add_argument(
-        "--protocol", type=Literal["house", "paper"], default="house", help="halves, or all at 224 x 224; see evaluate"
-    )
-    parser.add_argument("--select", type=str, default="image_auroc", help="which step is kept; see fit")
-    parser.add_argument(
         "--arguments",
         type=dict[str, dict[str, Any]],
         default={},
@@ -100,12 +111,6 @@ def add_benchmark_options(parser: Any) -> None:
     parser.add_argument("--num-workers", type=int | None, default=None, help="decoding processes; null: as for fit")
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read")
     add_run_options(parser, devices=True)
-    parser.add_argument(
-        "--figure-method", type=str | None, default=None, help="of Figure 1; null: the best by image ROC"
-    )
-    parser.add_argument(
-        "--render", type=str | None, default=None, help="only render this folder of an earlier benchmark"
-    )
 
 
 def add_trainer_options(parser: Any, preset: dict[str, Any]) -> None:

@@ -30,7 +30,8 @@ class Plan:
 
     `budget` is a number of optimiser steps for each method that takes steps ("300"), or a share of what the preset has
     for it ("10%"). `arguments` are values of a method's own arguments by method. `batch_size` None takes the preset's.
-    `figure_method` is whose Figure 1 is to be shown in the end.
+    `figure_method` is whose Figure 1 is to be shown in the end. `bootstrap` is the number of draws for intervals of the
+    metrics, which the key of a run does not know: a record without them is a record.
     """
 
     data: str
@@ -49,6 +50,15 @@ class Plan:
     devices: int = 1
     precision: str = "32-true"
     figure_method: str | None = None
+    bootstrap: int = 0
+
+
+def plan_of(options: Any, out: Path, **more: Any) -> Plan:
+    """The plan that options of the command line describe (`zoo.options.add_plan_options`), with its folder."""
+    plan = Plan(**{key: options[key] for key in Plan.__dataclass_fields__ if key in options} | {"out": out} | more)
+    plan.budget = None if options.budget is None else str(options.budget)
+    plan.precision = options.precision or "32-true"
+    return plan
 
 
 def trainer_options(method: str, preset: str, budget: str | None, select: str, steps_an_epoch: int) -> dict[str, Any]:
@@ -116,7 +126,7 @@ def jobs_of(plan: Plan) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     methods: dict[str, dict[str, Any]] = {}
     arguments = plan.arguments = {method_id(name): values for name, values in plan.arguments.items()}
     for method in dict.fromkeys(method_id(name) for name in plan.methods):
-        preset = _preset(method, plan.preset)
+        preset = preset_of(method, plan.preset)
         arguments[method] = own_arguments(method, arguments.get(method, {}))
         epoch = steps_an_epoch(method, preset, plan, *spec.counts["train"])
         trainer = trainer_options(method, preset, plan.budget, plan.select, epoch)
@@ -166,7 +176,7 @@ def _check_counts(plan: Plan, spec: DataSpec) -> None:
         raise ZooError(f"--data {plan.data} needs two normal and two anomalous test images, for two halves.")
 
 
-def _preset(method: str, preset: str | None) -> str:
+def preset_of(method: str, preset: str | None) -> str:
     """The preset that a method takes: `paper224` where none is named, or where it lacks one that is about steps."""
     if preset is None:
         return DEFAULT_PRESET
@@ -211,6 +221,7 @@ def _job(plan: Plan, common: dict[str, Any], method: str, how: dict[str, Any], s
         "protocol": plan.protocol,
         "device": plan.device,
         "precision": plan.precision,
+        "bootstrap": plan.bootstrap,
         "out": str(plan.out),
     }
 

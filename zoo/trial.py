@@ -57,7 +57,7 @@ def run(job: dict[str, Any]) -> None:
         model, record = _fitted(job, out, options)
         data_options = {key: job["data_options"].get(key) for key in ("num_workers", "skip_broken")}
         data_options |= {"batch_size": record["configuration"]["data"]["batch_size"]}
-        record = evaluate_by(job["protocol"], model, job["data"], record, data_options, options)
+        record = evaluate_by(job["protocol"], model, job["data"], record, data_options, options, job["bootstrap"])
         if first:
             place = hub.model_place(name, out)
             model.to(device_of(job["device"]))
