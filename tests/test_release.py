@@ -196,6 +196,7 @@ def test_a_failing_repository_is_passed_over_and_the_same_command_goes_on(made, 
         ("gone", "can't be pushed to"),
         ("hangs", "can't be pushed to"),
         ("offline", "in offline mode"),
+        ("torchrun", "without torchrun or srun"),
         ("--prefix miic", "is for models of MIIC, and these are of miic-replica"),
         ("--prefix MIIC-x", "is for models of MIIC"),
         ("--prefix a--b", "letters, digits and single dashes"),
@@ -217,6 +218,9 @@ def test_what_can_be_wrong_is_said_before_the_work(made, tmp_path, monkeypatch, 
         monkeypatch.delenv("HF_TOKEN")
     elif case == "down":
         hub.fail("whoami", 503)
+    elif case == "torchrun":
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "2")
     elif case == "hangs":
         monkeypatch.setattr(release, "TIMEOUT", 0.2)
         hub.hang("whoami")
