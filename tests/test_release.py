@@ -190,7 +190,8 @@ def test_a_failing_repository_is_passed_over_and_the_same_command_goes_on(made, 
     [
         ("no token", "takes nothing without a token"),
         ("reader", "may only read"),
-        ("stranger", "may not write to fab on http://127.0.0.1:"),
+        ("stranger", "may not write to fab (it answered 403)"),
+        ("--to nobody", "may not write to nobody on http://127.0.0.1:"),
         ("unknown", "it answered 401"),
         ("down", "it answered 503"),
         ("gone", "can't be pushed to"),
@@ -243,6 +244,17 @@ def test_a_hub_without_users_is_asked_in_the_end(made, capsys, hub):
     assert main(command(made["data"], made["out"], "--yes")) == 0
     assert "doesn't tell whether the token may write to fab" in capsys.readouterr().out
     assert set(hub.repos) == {f"models/fab/{PADIM}", f"models/fab/{STFPM}"}
+
+
+def test_a_hub_that_tells_of_no_organisation_is_tried(made, capsys, hub):
+    class Untold(tuple):
+        def __iter__(self):
+            return iter(())
+
+    hub.orgs = Untold(hub.orgs)
+    assert main(command(made["data"], made["out"], "--yes", "--to", "maker")) == 0  # the user's own
+    assert main(command(made["data"], made["out"], "--yes")) == 0
+    assert set(hub.repos) == {f"models/{org}/{name}" for org in ("maker", "fab") for name in (PADIM, STFPM)}
 
 
 def test_an_upload_whose_answer_is_lost_is_not_made_twice(made, capsys, hub):

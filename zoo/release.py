@@ -139,7 +139,7 @@ def check_release(release: Release, say: Callable[[str], None]) -> dict[str, str
         if place.exists():
             checkpoint.check_place(place)
     if release.push:
-        check_access(release.org, say)
+        check_access(release.org, next(iter(names.values())), release.private, say)
     return names
 
 
@@ -172,8 +172,8 @@ def _check_predicts(method: str, preset: str | None) -> None:
         raise ZooError(f"--preset {name} of {method} cuts images to their centre, for parity runs; take paper224.")
 
 
-def check_access(org: str, say: Callable[[str], None]) -> None:
-    """Ask the hub once whether the token may write to a namespace.
+def check_access(org: str, name: str, private: bool, say: Callable[[str], None]) -> None:
+    """Ask the hub once whether the token may write to a namespace; where it tells of none, try by making a repository.
 
     Raises:
         ZooError: it may not, or the hub doesn't answer.
@@ -209,9 +209,25 @@ def check_access(org: str, say: Callable[[str], None]) -> None:
     if about.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise ZooError(f"The token of {about.get('name')} may only read; take one that may write to {org}.")
     roles = {each.get("name"): each.get("roleInOrg") for each in about.get("orgs", [])} | {about.get("name"): "admin"}
-    if org not in roles or roles[org] == "read":
+    if org not in roles and len(roles) == 1:
+        _try(f"{org}/{name}", private)
+    elif org not in roles or roles[org] == "read":
         writable = ", ".join(name for name, role in roles.items() if name and role != "read")
         raise ZooError(f"The token may not write to {org} on {where}, but to {writable}; take another one, or --to.")
+
+
+def _try(repo: str, private: bool) -> None:
+    """Make the repository that a model will go to, empty."""
+    from huggingface_hub import HfApi, errors
+
+    from zoo.remote import TIMEOUT, reason, within
+
+    try:
+        within(3 * TIMEOUT, lambda: HfApi().create_repo(repo, private=private or None, exist_ok=True))
+    except (errors.HTTPError, ValueError, OSError) as error:
+        raise ZooError(
+            f"The token may not write to {repo.partition('/')[0]} ({reason(error)}); take another one, or --to."
+        ) from error
 
 
 # ---- models that can be published ------------------------------------------------------------------------------------
