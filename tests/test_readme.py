@@ -72,3 +72,11 @@ def test_bars_are_those_of_the_record():
 def test_the_paragraph_on_the_papers_figures_is_that_of_the_table():
     readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     assert paper.ABOUT.replace("*", "\\*") in readme
+
+
+def test_round_trip_between_environments_is_that_of_the_record():
+    report = json.loads((ROOT / "tests/bench/hub.json").read_text(encoding="utf-8"))
+    assert set(report["models"]) == {f"miic-{method.replace('_', '-')}" for method in list_methods()}
+    assert all(found["equal"] and found["equal_with_the_server_gone"] for found in report["models"].values())
+    assert "(`tests/bench/hub.json`)" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert report["uncached"]["seconds"] < 5
