@@ -106,7 +106,7 @@ class CFA(AnomalyModule):
         grid = maps[0].shape[-2:]
         joined = torch.cat([resize_map(m, grid) for m in maps], 1)
         rows, columns = (torch.linspace(-1, 1, n, dtype=joined.dtype, device=joined.device) for n in grid)
-        place = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(len(joined), -1, -1, -1)
+        place = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(joined.shape[0], -1, -1, -1)
         return self.descriptor(torch.cat([joined, place], 1))
 
     # ---- the bank: one pass of the untrained descriptor -------------------------------------------------------------
