@@ -13,6 +13,7 @@ from zoo import checkpoint, hub
 from zoo.calibration import check_rate, normals_needed, restored, supported_rate
 from zoo.cards import METRICS
 from zoo.cli_data import DATA_USAGE, data
+from zoo.cli_hub import export
 from zoo.data import FORMS, check_data
 from zoo.errors import ZooError
 from zoo.inference import closing_lines, find_ignore, find_images, predict_files
@@ -46,6 +47,7 @@ USAGE = f"""usage: zoo COMMAND [--help]
   zoo predict NAME PATH... --out DIR   heatmaps, masks, CSV and JSON
   zoo calibrate NAME --data DATA --false-alarm-rate 0.01
   zoo benchmark --data DATA            all methods, three seeds: Table 3, Figures 1 and 2, a page
+  zoo export NAME --to FILE.onnx       the same scores and maps under onnxruntime
 {DATA_USAGE}"""
 
 
@@ -397,6 +399,7 @@ COMMANDS = {
     "calibrate": calibrate,
     "benchmark": benchmark,
     "data": data,
+    "export": export,
 }
 
 
