@@ -230,24 +230,21 @@ def compare(model: "AnomalyModule", path: Path, batches: "Sequence[Tensor]") -> 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()
-    differences, values, error = ([], []), ([], []), 0.0
     try:
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        for images in batches:
-            found = session.run(["score", "map"], {"images": images.numpy()})
-            for i, (ours, theirs) in enumerate(zip(model(images), found, strict=True)):
-                expected = ours.double().numpy()
-                difference = np.abs(theirs - expected)
-                differences[i].append(difference.max())
-                values[i].append(np.abs(expected).max())
-                error = np.maximum(error, (difference / np.maximum(1, np.abs(expected))).max())  # NaN stays
-    except ZooError:
-        raise
-    except Exception as problem:  # onnxruntime's have no common base
-        reason = (str(problem).strip().splitlines() or [""])[0]
-        raise ZooError(f"onnxruntime can't run the graph of this {model.method} ({reason}).") from problem
-    largest = [float(np.max(found)) for found in (*differences, *values)]
-    return Parity(sum(map(len, batches)), *largest, float(error))
+        found = [session.run(["score", "map"], {"images": images.numpy()}) for images in batches]
+    except Exception as error:  # onnxruntime's have no common base
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ZooError(f"onnxruntime can't run this graph ({reason}).") from error
+    with torch.no_grad():
+        expected = [[part.numpy() for part in model(images)] for images in batches]
+    differences, largest, errors = [], [], []
+    for ours, theirs in zip(zip(*expected, strict=True), zip(*found, strict=True), strict=True):  # scores, then maps
+        a, b = (np.concatenate([part.ravel() for part in parts]).astype(np.float64) for parts in (theirs, ours))
+        differences.append(float(np.abs(a - b).max()))  # NaN, if any is
+        largest.append(float(np.abs(b).max()))
+        errors.append(float((np.abs(a - b) / np.maximum(1, np.abs(b))).max()))
+    return Parity(sum(map(len, batches)), *differences, *largest, float(np.max(errors)))
 
 
 # ---- metadata --------------------------------------------------------------------------------------------------------
