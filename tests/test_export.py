@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch.nn.functional import interpolate
 
 from zoo import export, graph
+from zoo.calibration import Calibration
 from zoo.cli import main
 from zoo.data.synthetic import render
 from zoo.errors import ZooError
@@ -329,6 +330,17 @@ def test_what_comes_before_the_graph_is_told(tiny):
         tiny.view = View()
     assert "(x - 0.25) / (0.75 - 0.25)" in text and "tiles" in text and "info bar" not in text
     assert known["preprocessing"] == text and json.loads(known["view"])["tile"] == 512 and "calibration" not in known
+
+
+@pytest.mark.parametrize(("precision", "holds"), [("32-true", True), ("bf16-mixed", False)])
+def test_a_rate_holds_in_the_precision_of_the_graph(tiny, precision, holds):
+    stated = {"calibrated": True, "false_alarm_rate": 0.1, "levels": [0.5], "precision": precision}
+    tiny.calibration = Calibration([1.0], 2.0, 3.0, 0.5, **stated)
+    try:
+        known = json.loads(export.describe(tiny)["calibration"])
+    finally:
+        tiny.calibration = None
+    assert known["calibrated"] is holds and (known["image_threshold"], known["pixel_threshold"]) == (2.0, 3.0)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,8 @@ def export_onnx(model: "AnomalyModule", path: str | Path, facts: dict[str, str] 
     import torch
 
     path = check_target(path)
-    model._require_fit()
+    if not model.is_fitted:
+        raise ZooError(f"This {model.method} has learned nothing yet; fit it first.")
     if model.view.crop:
         raise ZooError("This model was fitted on cropped images, for parity runs; export one of another preset.")
     was_training, original = model.training, model
@@ -271,7 +272,7 @@ def describe(model: "AnomalyModule") -> dict[str, str]:
             "image_threshold": known.image_threshold,
             "pixel_threshold": known.pixel_threshold,
             "min_area": known.min_area,
-            "calibrated": known.calibrated and known.precision == "32-true",  # the graph's own
+            "calibrated": known.calibrated and known.precision == "32-true",  # as the graph is
             "false_alarm_rate": known.false_alarm_rate,
             "confidence": known.confidence,
             "sizes": known.sizes,  # (height, width) of the images that the rate holds for
