@@ -12,7 +12,7 @@ from typing import Literal
 from zoo import checkpoint, hub
 from zoo.calibration import check_rate, normals_needed, restored, supported_rate
 from zoo.cli_data import DATA_USAGE, data
-from zoo.cli_hub import import_, publish, release
+from zoo.cli_hub import export, import_, publish, release
 from zoo.data import FORMS, check_data
 from zoo.errors import ZooError
 from zoo.inference import closing_lines, find_ignore, find_images, predict_files
@@ -50,6 +50,7 @@ USAGE = f"""usage: zoo COMMAND [--help]
   zoo benchmark --data DATA            all methods, three seeds: Table 3, Figures 1 and 2, a page
   zoo release --data DATA --to ORG     the same, and a calibrated model of each; to the hub with --yes
   zoo import FOLDER                    models that came from elsewhere, into the local registry
+  zoo export NAME --to FILE.onnx       the same scores and maps under onnxruntime
 {DATA_USAGE}"""
 
 
@@ -409,6 +410,7 @@ COMMANDS = {
     "release": release,
     "import": import_,
     "data": data,
+    "export": export,
 }
 
 

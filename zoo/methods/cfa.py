@@ -106,7 +106,7 @@ class CFA(AnomalyModule):
         grid = maps[0].shape[-2:]
         joined = torch.cat([resize_map(m, grid) for m in maps], 1)
         rows, columns = (torch.linspace(-1, 1, n, dtype=joined.dtype, device=joined.device) for n in grid)
-        place = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(len(joined), -1, -1, -1)
+        place = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(joined.shape[0], -1, -1, -1)
         return self.descriptor(torch.cat([joined, place], 1))
 
     # ---- the bank: one pass of the untrained descriptor -------------------------------------------------------------
@@ -146,6 +146,11 @@ class CFA(AnomalyModule):
             found = square.topk(count, largest=False).values
             return (found + vectors.square().sum(1, keepdim=True)).clamp(min=0)
 
+    def search(self, patches: Tensor) -> Tensor:
+        """What `nearest` gives for the patches of images (B, P, D), some at a time: (B P, K)."""
+        parts = [part for image in patches for part in image.split(ROWS)]  # never across images
+        return torch.cat([self.nearest(part, self.hparams.attracted) for part in parts])
+
     def training_step(self, batch: Batch, index: int) -> Tensor:
         given = self.hparams
         vectors = self.describe(batch.image).permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, D)
@@ -164,9 +169,7 @@ class CFA(AnomalyModule):
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
         maps = self.describe(images)
         b, _, h, w = maps.shape
-        patches = maps.flatten(2).mT  # (B, P, D)
-        parts = [part for image in patches for part in image.split(ROWS)]  # never across images
-        distance = torch.cat([self.nearest(part, self.hparams.attracted) for part in parts]).sqrt()  # (B P, K)
+        distance = self.search(maps.flatten(2).mT).sqrt()  # (B P, K)
         scores = distance[:, 0] * F.softmin(distance, dim=1)[:, 0]  # (B P,)
         scores = gaussian_blur(resize_map(scores.view(b, 1, h, w), self.size), self.hparams.sigma)  # (B, 1, *size)
         return Scores(masked_to_roi(scores, roi).amax(dim=(1, 2, 3)), resize_map(scores, images.shape[-2:]))

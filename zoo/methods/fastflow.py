@@ -121,7 +121,7 @@ class Flow(nn.Module):
         self.steps = nn.ModuleList(FlowStep(channels, 1 if i % 2 else 3, hidden_ratio) for i in range(steps))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros(len(x))
+        total = x.new_zeros(x.shape[0])
         for step in self.steps:
             x, log_det = step(x)
             total = total + log_det

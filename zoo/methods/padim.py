@@ -159,7 +159,7 @@ class PaDiM(AnomalyModule):
         x = self.embed(images) - self.center[:, None]  # (P, B, d)
         with full_precision(x):
             distance = torch.bmm(x, self.whitening.transpose(1, 2)).norm(dim=2)  # (P, B)
-        maps = distance.T.reshape(len(images), 1, *self.grid)
+        maps = distance.T.unflatten(1, (1, *self.grid))  # (B, 1, h, w)
         maps = gaussian_blur(resize_map(maps, self.size), self.hparams.sigma)  # (B, 1, *size)
         return Scores(masked_to_roi(maps, roi).amax(dim=(1, 2, 3)), resize_map(maps, images.shape[-2:]))
 

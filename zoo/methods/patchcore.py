@@ -107,7 +107,7 @@ class PatchCore(AnomalyModule):
 
     def _pool_official(self, features: Tensor) -> Tensor:
         """(B, C, h, w) -> the 3x3 neighbourhood of each position, its C * 9 values pooled to 1024 (B, 1024, h, w)."""
-        patches = F.unfold(features, 3, padding=1).view(len(features), -1, *features.shape[-2:])  # (B, C * 9, h, w)
+        patches = F.unfold(features, 3, padding=1).unflatten(2, features.shape[-2:])  # (B, C * 9, h, w)
         return _pool_channels(patches, self.width)
 
     def observe(self, batch: Batch) -> None:

@@ -116,10 +116,11 @@ class RIAD(AnomalyModule):
         """Images (B, C, H, W) in [-1, 1] -> rebuilt ones, each pixel from a copy in which its set was hidden."""
         number = getattr(self, f"sets{cell}").repeat_interleave(cell, 0).repeat_interleave(cell, 1)  # (H, W)
         hidden = number == torch.arange(self.hparams.sets, device=x.device).view(-1, 1, 1, 1)  # (n, 1, H, W)
-        copies = x[:, None].masked_fill(hidden, 0)  # (B, n, C, H, W)
-        copies = copies.flatten(0, 1)  # (B * n, C, H, W)
-        parts = copies.split(len(copies) if self.training else len(x))  # BatchNorm is to see all; memory counts else
-        filled = torch.cat([self.unet(part) for part in parts]).unflatten(0, (len(x), -1))
+        if self.training:  # BatchNorm is to see all copies at once
+            copies = x[:, None].masked_fill(hidden, 0)  # (B, n, C, H, W)
+            filled = self.unet(copies.flatten(0, 1)).unflatten(0, (len(x), -1))
+        else:  # else memory counts: one set at a time
+            filled = torch.stack([self.unet(x.masked_fill(part, 0)) for part in hidden], 1)  # (B, n, C, H, W)
         return filled.masked_fill(~hidden, 0).sum(1)  # (B, C, H, W)
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
