@@ -281,7 +281,7 @@ def test_word_on_a_copy_that_may_be_old(hub, published, caplog):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"format_version": 2}, "format version 2, newer than 1; pip install --upgrade"),
+        ({"format_version": 2}, "format version 2, newer than 1; install a newer zoo"),
         ({"surprise": 1}, "'surprise'"),
         ({"preprocessing__denoise": True}, "'denoise'"),
         ({"preprocessing__mean": [0.1, 0.1, 0.1]}, "'mean'"),

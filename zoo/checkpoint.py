@@ -199,7 +199,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
         raise ZooError(f"{path} is damaged or no configuration of the zoo; fetch or save the model anew.") from error
     if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ZooError(f"{path} has format version {version}, newer than {FORMAT_VERSION}; pip install --upgrade zoo.")
+        raise ZooError(f"{path} has format version {version}, newer than {FORMAT_VERSION}; install a newer zoo.")
     wrong = [key for key in config.keys() | KEYS if not isinstance(config.get(key), KEYS.get(key, ()))]
     if wrong:
         raise ZooError(f"{path} is not understood: {min(wrong)!r} is missing, unknown or of the wrong kind.")

@@ -62,7 +62,7 @@ def check_target(path: str | Path) -> Path:
         raise ZooError(f"--to {path} is a folder; name a file that ends in .onnx.")
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise ZooError(f'An export takes {" and ".join(missing)}: pip install "zoo[onnx]".')
+        raise ZooError(f"An export takes packages that aren't installed: pip install {' '.join(missing)}.")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -213,7 +213,7 @@ def from_pretrained(
             return module
         except Exception as error:  # whatever a configuration from anywhere may cause
             text = f"{folder / checkpoint.CONFIG} is not understood ({' '.join(str(error).split()).rstrip('.')})"
-            raise ZooError(f"{text}; fetch it anew, or a newer zoo: pip install --upgrade zoo.") from error
+            raise ZooError(f"{text}; fetch it anew, or install a newer zoo.") from error
 
     module, _ = checkpoint.load(folder, build)
     module.record = checkpoint.read_json(folder / checkpoint.RECORD) or None
