@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from zoo import checkpoint
+from zoo import checkpoint, hub
 from zoo.errors import ZooError
 from zoo.paths import user_path
 
@@ -317,4 +317,4 @@ def _write_metadata(path: Path, properties: dict[str, str]) -> None:
 
 def facts_of(folder: Path) -> dict[str, str]:
     """Metadata of a saved model: its name, and the digest of its weights."""
-    return {"name": folder.name, "weights_sha256": checkpoint.read_config(folder)["weights_sha256"]}
+    return {"name": hub.name_of(folder), "weights_sha256": checkpoint.read_config(folder)["weights_sha256"]}

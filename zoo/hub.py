@@ -173,6 +173,11 @@ def is_cached(folder: Path) -> bool:
     return folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
 
 
+def name_of(folder: Path) -> str:
+    """What a model's folder is called; in the hub's cache, what its repository is."""
+    return folder.parents[1].name.split("--")[-1] if is_cached(folder) else folder.name
+
+
 def from_pretrained(
     name: str | Path,
     revision: str | None = None,

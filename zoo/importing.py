@@ -60,7 +60,7 @@ def _models(what: str) -> list[tuple[str, Path, Path]]:
     root = folder = folder.resolve()
     if hub.is_cached(folder):  # of links to what the repository's cache has
         root = folder.parents[1]
-        return [(root.name.split("--")[-1], folder, root)]
+        return [(hub.name_of(folder), folder, root)]
     if _is_model(folder):
         return [(folder.name, folder, root)]
     found = _subfolders(folder) or _subfolders(folder / "models")  # the latter of a release
