@@ -189,7 +189,7 @@ def _replacing(path: Path) -> Iterator[Path]:
             old, new = (place.with_name(f"{path.name}.data") for place in (path, temporary))
             if new.exists():
                 new.replace(old)
-            else:  # an earlier, larger one's
+            elif path.exists():  # an earlier, larger one's
                 old.unlink(missing_ok=True)
             temporary.replace(path)
     except OSError as error:
@@ -315,6 +315,7 @@ def _write_metadata(path: Path, properties: dict[str, str]) -> None:
     path.write_bytes(found.SerializeToString())
 
 
-def facts_of(folder: Path) -> dict[str, str]:
-    """Metadata of a saved model: its name, and the digest of its weights."""
-    return {"name": folder.name, "weights_sha256": checkpoint.read_config(folder)["weights_sha256"]}
+def facts_of(folder: Path, name: str) -> dict[str, str]:
+    """Metadata of a saved model: what it was called by, without folders, and the digest of its weights."""
+    digest = checkpoint.read_config(folder)["weights_sha256"]
+    return {"name": Path(name).name or folder.resolve().name, "weights_sha256": digest}
