@@ -189,7 +189,7 @@ def _replacing(path: Path) -> Iterator[Path]:
             old, new = (place.with_name(f"{path.name}.data") for place in (path, temporary))
             if new.exists():
                 new.replace(old)
-            else:  # an earlier, larger one's
+            elif path.exists():  # an earlier, larger one's
                 old.unlink(missing_ok=True)
             temporary.replace(path)
     except OSError as error:
