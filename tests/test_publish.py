@@ -341,6 +341,16 @@ def test_server_that_is_gone_or_hangs(hub, folder):
         publish(folder, REPO)
 
 
+@pytest.mark.parametrize("path", ["/repos/create", "paths-info", "/commit/main"])
+def test_server_that_hangs_on_the_way(hub, folder, path, monkeypatch):
+    monkeypatch.setattr("zoo.publish.SILENCE", 0.5)
+    hub.hang(path)
+    with pytest.raises(ZooError, match="failed .*: try again"):
+        publish(folder, REPO)
+    hub.heal()
+    assert set(publish(folder, REPO).uploaded) == FILES
+
+
 def test_offline_mode(folder, capsys):
     assert main(["publish", "wafers", "--to", REPO]) == 2
     assert "offline mode; unset HF_HUB_OFFLINE" in capsys.readouterr().err

@@ -31,6 +31,8 @@ _PLACE = re.compile(
     r"(?<![\w.:/-])(?:/(?:home|Users|root|mnt|media|tmp|var|scratch|srv|opt)/|[A-Za-z]:\\\\?\w)[^\s\"']*"
 )
 
+SILENCE = 30.0  # seconds in which a hub says nothing before an upload is given up
+
 log = logging.getLogger(__name__)
 
 
@@ -110,7 +112,7 @@ def publish(
             something private in what would be published. Nothing is uploaded then.
     """
     check_target(repo, tag)
-    with tempfile.TemporaryDirectory() as place, _explained(repo):
+    with tempfile.TemporaryDirectory() as place, _explained(repo), _client():
         hub = _Hub(repo, token)
         staged = stage(folder, Path(place) / "model", repo, data_names, hub.is_open)
         hub.open(private)
@@ -253,7 +255,6 @@ class _Hub:
         with ExitStack() as stack:
             add = [CommitOperationAdd(name, self._content(path, stack)) for name, path in files.items()]
             operations = [*add, *map(CommitOperationDelete, stale)]
-            stack.enter_context(_quiet_client())
             done = self.api.create_commit(self.repo, operations, commit_message=message, parent_commit=self.head)
         self.head = done.oid
 
@@ -269,16 +270,18 @@ class _Hub:
 
 
 @contextmanager
-def _quiet_client() -> Iterator[None]:
-    """Without the client's warning that an open file doesn't go by Xet."""
-    from huggingface_hub.utils import logging as client
+def _client() -> Iterator[None]:
+    """The hub's client with an end to its patience, and without its warning that an open file doesn't go by Xet."""
+    from huggingface_hub.utils import get_session, logging
 
-    before = client.get_verbosity()
-    client.set_verbosity_error()
+    session, verbosity = get_session(), logging.get_verbosity()
+    before, session.timeout = session.timeout, SILENCE
+    logging.set_verbosity_error()
     try:
         yield
     finally:
-        client.set_verbosity(before)
+        session.timeout = before
+        logging.set_verbosity(verbosity)
 
 
 @contextmanager
