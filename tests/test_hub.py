@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hub_server import READ, STRANGER, environment
 from huggingface_hub import HfApi, constants, snapshot_download
+from miic_replica import make
 from safetensors.torch import load_file, save_file
 
 from zoo import checkpoint, hub, remote
@@ -96,6 +98,19 @@ def test_no_namespace_by_default(monkeypatch):
     refused("miic-cfa", "zoo fit cfa --data miic:DIR --name miic-cfa ")
     refused("miic-iad-inpainting", "zoo fit iad-inpainting --data miic:DIR --name miic-iad-inpainting ")
     refused("my-model", "zoo fit METHOD --data DATA --name my-model ")
+
+
+def test_command_that_the_error_shows_trains_the_model(tmp_path):
+    make(tmp_path / "miic", train=30, normal=4, abnormal=4, size=64, traps=())
+    with pytest.raises(ZooError) as caught:
+        from_pretrained("miic-cfa")
+    shown = re.search(r"train it: zoo (fit .*?) \((--preset lite) without", str(caught.value))
+    command = shown[1].replace("miic:DIR", f"miic:{tmp_path / 'miic'}").split() + shown[2].split()
+    assert main([*command, "--max-steps", "2", "--input-size", "64"]) == 0
+    model = from_pretrained("miic-cfa")
+    assert model.method == "cfa" and model.record["train_data"]["name"] == "miic-replica"
+    with pytest.raises(ZooError, match="there are miic-cfa"):
+        from_pretrained("miic-cfb")
 
 
 def test_local_model_comes_first_and_has_no_revision(hub, published, fitted, monkeypatch):
