@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import READ, STRANGER, environment
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from miic_replica import make
 from safetensors.torch import load_file, save_file
 
@@ -92,6 +92,13 @@ def test_bare_name_in_the_namespace(hub, published, fitted, monkeypatch):
     refused("miic-cfa", "no model fab/miic-cfa")
 
 
+def test_underscore_of_a_repository(hub, folder, fitted, monkeypatch):
+    publish(folder, "fab/my_model")
+    monkeypatch.setenv("ZOO_NAMESPACE", "fab")
+    assert same(from_pretrained("my_model"), fitted) and same(from_pretrained("fab/my_model"), fitted)
+    refused("my-model", "no model fab/my-model")
+
+
 def test_no_namespace_by_default(monkeypatch):
     monkeypatch.delenv("ZOO_NAMESPACE", raising=False)
     assert hub.namespace() == ""
@@ -165,7 +172,7 @@ def test_another_download_of_the_same_commit_is_not_made(hub, published):
     from_pretrained(REPO)
     hub.requests.clear()
     from_pretrained(REPO)
-    assert [each.method for each in hub.requests if "/resolve/" in each.path] == ["HEAD"]
+    assert [each.method for each in hub.requests if "/resolve/" in each.path] == ["HEAD", "HEAD"]
     from_pretrained(REPO, force_download=True)
     assert any("/resolve/" in path for path in hub.paths("GET"))
 
@@ -180,7 +187,7 @@ def test_offline_mode_takes_the_cache_alone(hub, published, fitted, monkeypatch)
     assert same(from_pretrained(REPO, local_files_only=True), fitted)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert same(from_pretrained(REPO), fitted) and not hub.requests
-    refused("fab/other", "offline mode is on.*HF_ENDPOINT.*hf download fab/other.*ORG/NAME@COMMIT")
+    refused("fab/other", "HF_HUB_OFFLINE.*HF_ENDPOINT.*hf download fab/other.*ORG/NAME@COMMIT")
 
 
 def test_cache_of_the_hubs_own_tools_is_taken(hub, published, fitted, tmp_path):
@@ -193,6 +200,27 @@ def test_cache_of_the_hubs_own_tools_is_taken(hub, published, fitted, tmp_path):
         assert same(from_pretrained(name), fitted)
 
 
+def test_list_and_other_tools_leave_the_cached_model_as_it_was(hub, published, fitted):
+    from_pretrained(REPO)
+    hub.edit(REPO, {"README.md": b"# No metadata\n"})
+    list_models("fab/*", remote=True)
+    assert (Path(constants.HF_HUB_CACHE) / "models--fab--miic-padim/refs/main").read_text() == published.commit
+    hf_hub_download(REPO, "README.md")  # moves the note to a commit of which the cache has no more
+    assert (Path(constants.HF_HUB_CACHE) / "models--fab--miic-padim/refs/main").read_text() != published.commit
+    hub.close()
+    assert same(from_pretrained(REPO), fitted)
+
+
+def test_damaged_cache_is_fetched_anew(hub, published, fitted):
+    path = find_model(REPO) / "model.safetensors"
+    for damage in (lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: data[:1000], lambda data: b""):
+        path.resolve().write_bytes(damage(path.read_bytes()))
+        assert same(from_pretrained(REPO), fitted)
+    path.resolve().write_bytes(b"")
+    hub.close()
+    refused(REPO, "can't be asked")
+
+
 def test_own_cache_folder(hub, published, fitted, tmp_path):
     from_pretrained(REPO, cache_dir=tmp_path / "shared")
     assert not Path(constants.HF_HUB_CACHE).exists() and (tmp_path / "shared").is_dir()
@@ -203,7 +231,7 @@ def test_own_cache_folder(hub, published, fitted, tmp_path):
 def test_download_that_fails_leaves_the_earlier_one(hub, published, fitted, mvtec, folder):
     from_pretrained(REPO)
     fit("padim", str(mvtec), preset="lite", arguments={"input_size": 64, "dims": 12})[0].push_to_hub(REPO)
-    hub.fail("/resolve/.*safetensors", 403, times=99)
+    hub.fail("/resolve/.*safetensors", 403, times=99, method="GET")
     refused(REPO, "download of fab/miic-padim failed .it answered 403")
     hub.close()
     assert same(from_pretrained(REPO), fitted)
@@ -225,8 +253,9 @@ def test_server_that_hangs(hub, published, fitted):
     assert same(from_pretrained(REPO), fitted) and time.monotonic() - start < 5
 
 
-def test_server_that_hangs_behind_its_first_answer(hub, published):
-    hub.hang("/resolve/")
+@pytest.mark.parametrize("path", ["/resolve/", "safetensors"])
+def test_server_that_hangs_behind_its_first_answer(hub, published, path):
+    hub.hang(path)
     assert refused(REPO, "can't be asked") < 5
 
 
@@ -281,6 +310,10 @@ def test_private_repository(hub, folder, fitted, monkeypatch):
         refused(REPO, "private.*hf auth login", token=token, force_download=True)
     monkeypatch.setenv("HF_TOKEN", STRANGER)
     assert same(from_pretrained(REPO), fitted)  # what was fetched once, with a word
+
+
+def test_token_that_is_refused(hub, published):
+    refused(REPO, "refuses the token .it answered 401.*hf auth login", token="hf_bogus")
 
 
 def test_word_on_a_copy_that_may_be_old(hub, published, caplog):

@@ -124,7 +124,8 @@ def test_data_set_on_the_hub_is_named_where_all_may_see_it(hub, folder, tmp_path
 def test_place_of_the_machine_is_refused(hub, folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     record = json.loads((copy / "results.json").read_text())
-    for place in ("/home/kim/wafers", str(Path.home() / "x"), "C:\\Users\\kim", "/mnt/fab7"):
+    places = ["/home/kim/wafers", str(Path.home() / "x"), "C:\\Users\\kim", "/fab7", "/nfs/u/kim", "~/lots", "file:/x"]
+    for place in (*places, "\\\\server\\sem", "local:/gpfs/kim", "in /Volumes/sem here"):
         (copy / "results.json").write_text(json.dumps(record | {"note": place}))
         with pytest.raises(ZooError, match="place of this machine"):
             publish(copy, REPO)
@@ -150,6 +151,49 @@ def test_staged_folder_is_a_model(folder, tmp_path):
     image = np.random.default_rng(1).integers(0, 255, (48, 48), dtype=np.uint8)
     assert from_pretrained(staged).predict(image).score == from_pretrained(folder).predict(image).score
     assert from_pretrained(staged).predict(image).p_value == from_pretrained(folder).predict(image).p_value
+
+
+def test_as_users_of_the_hubs_mixin_do(hub, folder, tmp_path, monkeypatch):
+    model = from_pretrained(folder)
+    publish(folder, REPO)
+    done = model.push_to_hub(REPO, branch="trial", commit_message="Try", overwrite_card=True)
+    assert done.commit == hub.commits(REPO)[0] and not done.uploaded  # the same content, on a branch of its own
+    model.record = {}
+    done = model.push_to_hub(REPO, branch="trial")
+    assert {ref.name: ref.target_commit for ref in HfApi().list_repo_refs(REPO).branches} == {
+        "main": hub.commits(REPO)[0],
+        "trial": done.commit,
+    }
+    assert model.save_pretrained(tmp_path / "again", push_to_hub=True, repo_id="fab/again", private=None).is_dir()
+    assert "config.json" in hub.files("fab/again")
+    with pytest.raises(TypeError):
+        model.push_to_hub(REPO, surprise=1)
+
+
+def test_name_of_an_image_in_memory(hub, folder):
+    model = from_pretrained(folder)
+    model.record = model.record | {"note": "wafer17-die001.png"}
+    with pytest.raises(ZooError, match="name of an image"):
+        model.push_to_hub(REPO)
+    with pytest.raises(ZooError, match="message of the commit has a place"):
+        model.push_to_hub(REPO, commit_message="from /fab14/jdoe")
+    assert not hub.requests
+
+
+@pytest.mark.parametrize("private", [None, True, False])
+def test_the_organisation_decides_where_nobody_says(hub, folder, private):
+    publish(folder, REPO, private=private)
+    (asked,) = [json.loads(each.body) for each in hub.requests if each.path == "/api/repos/create"]
+    assert asked.get("visibility") == {None: None, True: "private", False: "public"}[private]
+
+
+def test_card_that_was_edited_here_is_told(hub, folder, tmp_path):
+    copy, lines = shutil.copytree(folder, tmp_path / "copy"), []
+    publish(copy, REPO, say=lines.append)
+    assert not lines
+    (copy / "README.md").write_text((copy / "README.md").read_text() + "\nOurs.\n")
+    publish(copy, REPO, say=lines.append)
+    assert len(lines) == 1 and "published is that of its record" in lines[0]
 
 
 def test_model_in_memory(hub, folder):
@@ -263,6 +307,24 @@ def test_tags_are_not_moved(hub, folder, tmp_path):
     }
 
 
+def test_list_has_the_figures_that_decide(hub, folder):
+    """Not those of another part of the test set, or by another score; and one odd card spoils nothing."""
+    result = "{name: %s, type: x, value: %s%s}"
+    metrics = ["image ROC", "0.75", ""], ["image ROC", "0.5", ", args: {score: latent}"], ["PRO", ".nan", ""]
+    odd = ["image PR", "abc", ""], ["image F1", "[1, 2]", ""], ["pixel PR", "null", ""], ["pixel ROC", "0.25", ""]
+    task = "{task: {type: x}, dataset: {type: y, name: wafers, config: %s}, metrics: [%s]}"
+    parts = [("half", metrics), ("half", odd), ("full", [["pixel F1", "1", ""]])]
+    text = ", ".join(task % (part, ", ".join(result % tuple(each) for each in of)) for part, of in parts)
+    head = f"library_name: zoo\ntags: [zoo, iad-inpainting]\nmodel-index: [{{name: m, results: [{text}]}}]"
+    hub.edit("fab/my_model", {"README.md": f"---\n{head}\n---\n".encode()})
+    hub.edit("fab/empty", {})
+    hub.edit("fab/no-card", {"README.md": b"hello"})
+    for pattern in ("fab/*", "fab/my_model", "fab/my-model"):
+        (model,) = list_models(pattern, remote=True)
+        assert model == "fab/my_model" and model.method == "iad_inpainting" and model.data == "wafers"
+        assert model.metrics == {"image_auroc": 0.75, "pixel_auroc": 0.25}
+
+
 def test_list_of_the_namespace_with_figures(hub, folder, monkeypatch, capsys):
     publish(folder, REPO)
     hub.edit("fab/other", {"README.md": b"---\nlibrary_name: timm\n---\n"})
@@ -341,7 +403,7 @@ def test_server_that_is_gone_or_hangs(hub, folder):
         publish(folder, REPO)
 
 
-@pytest.mark.parametrize("path", ["/repos/create", "paths-info", "/commit/main"])
+@pytest.mark.parametrize("path", ["/repos/create", "/tree/", "/commit/main"])
 def test_server_that_hangs_on_the_way(hub, folder, path, monkeypatch):
     monkeypatch.setattr("zoo.publish.SILENCE", 0.5)
     hub.hang(path)

@@ -22,7 +22,7 @@ from zoo import hub as names
 from zoo import release, trial
 from zoo.calibration import restored
 from zoo.cli import main
-from zoo.data import load_data
+from zoo.data import DataSpec, load_data
 from zoo.errors import ZooError
 from zoo.fit import fit
 from zoo.hub import from_pretrained
@@ -236,7 +236,7 @@ def test_what_can_be_wrong_is_said_before_the_work(made, tmp_path, monkeypatch, 
 
 def test_the_name_of_a_private_folder_is_not_made_public(tmp_path, capsys, hub, mvtec):
     assert main(command(mvtec, tmp_path / "out", "--yes", methods=["padim"])) == 2
-    assert "The name of the folder tiles would be public" in capsys.readouterr().err
+    assert "The name of the data tiles would be public" in capsys.readouterr().err
 
 
 def test_a_hub_without_users_is_asked_in_the_end(made, capsys, hub):
@@ -418,3 +418,14 @@ def test_one_model_by_its_folder_or_by_its_repository(made, carried, tmp_path, c
     subprocess.run([sys.executable, "-c", get, *arguments], env=env, check=True, capture_output=True)
     assert import_models(str(local), False, quiet) == ["downloaded"]
     assert contents(names.registry() / "downloaded") == contents(carried / PADIM)
+
+
+def test_a_data_set_on_the_hub_names_models_where_anybody_may_see_it(monkeypatch):
+    options = {"repo": "lab/lot-7", "revision": "0" * 40}
+    spec = DataSpec("hub", "lot 7", "f" * 64, {"train": [9, 0], "test": [2, 2]}, options)
+    planned = release.Release(Plan("hub:lab/lot-7"), "fab", push=True)
+    monkeypatch.setattr("zoo.remote.is_open", lambda repo: repo == "lab/lot-7")
+    assert release._prefix(planned, spec) == "lot-7" and release._is_open(spec)
+    monkeypatch.setattr("zoo.remote.is_open", lambda repo: False)
+    with pytest.raises(ZooError, match="would be public; say by --prefix"):
+        release._prefix(planned, spec)

@@ -40,6 +40,10 @@ KEYS = {
 }
 
 
+class Damaged(ZooError):
+    """Weights that are not as they were written."""
+
+
 def save(
     folder: str | Path,
     module: "nn.Module",
@@ -68,7 +72,7 @@ def save(
         config = config | {
             "format_version": FORMAT_VERSION,
             "learned": {name: list(state[name].shape) for name in learned_buffers(module)},
-            "weights_sha256": _sha256(temporary / WEIGHTS),
+            "weights_sha256": file_sha256(temporary / WEIGHTS),
         }
         for name, text in ({CONFIG: dump(config)} | extra).items():
             (temporary / name).parent.mkdir(exist_ok=True)
@@ -148,13 +152,13 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
             slices = {name: file.get_slice(name) for name in file.keys()}
             return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     except (SafetensorError, struct.error, OSError) as error:
-        raise ZooError(f"{path} is truncated or no safetensors file ({error}); fetch the model anew.") from error
+        raise Damaged(f"{path} is truncated or no safetensors file ({error}); fetch the model anew.") from error
 
 
 def check_weights(folder: Path, config: dict[str, Any]) -> None:
     """Raises ZooError where the weights are not those that a configuration names."""
-    if _sha256(folder / WEIGHTS) != config["weights_sha256"]:
-        raise ZooError(
+    if file_sha256(folder / WEIGHTS) != config["weights_sha256"]:
+        raise Damaged(
             f"{folder / WEIGHTS} is damaged or not the file that {CONFIG} names (SHA-256 differs); fetch it anew."
         )
 
@@ -265,6 +269,6 @@ def csv_text(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

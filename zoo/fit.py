@@ -189,7 +189,7 @@ def fit(
     say_broken(module, run)
     model.record = result
     if place is not None and trainer.is_global_zero:
-        model.save_pretrained(place, private=private)
+        model.folder = model.save_pretrained(place, private=private)
         unfinished.discard()
     return model, result
 

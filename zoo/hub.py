@@ -60,10 +60,11 @@ class Model(str):
         error: why its folder can't be read, or None.
     """
 
-    method: str | None = None
-    data: str | None = None
-    metrics: dict[str, float] = {}
-    error: str | None = None
+    def __init__(self, name: str):
+        self.method: str | None = None
+        self.data: str | None = None
+        self.metrics: dict[str, float] = {}
+        self.error: str | None = None
 
 
 def list_models(pattern: str = "*", remote: bool = False) -> list[Model]:
@@ -106,7 +107,7 @@ def _remote_models(pattern: str) -> list[Model]:
     found = []
     for card in remote.cards_of(owner):
         name = card.repo.partition("/")[2]
-        if fnmatch.fnmatch(name, names.replace("_", "-")):
+        if fnmatch.fnmatch(name.replace("_", "-"), names.replace("_", "-")):
             model = Model(card.repo if slash else name)
             model.method = next((tag.replace("-", "_") for tag in card.tags if tag.replace("-", "_") in METHODS), None)
             model.data, model.metrics = card.data, card.figures
@@ -138,7 +139,7 @@ def find_model(name: str | Path, revision: str | None = None, **how: Any) -> Pat
     if place.is_dir():
         return _unpinned(place, revision, f"{text} is a model of the local registry")
     if namespace():
-        return _fetched(f"{namespace()}/{place.name}", revision, **how)
+        return _in_namespace(text, place.name, revision, **how)
     raise ZooError(_nowhere(place.name))
 
 
@@ -152,6 +153,18 @@ def _fetched(repo: str, revision: str | None, **how: Any) -> Path:
     from zoo import remote
 
     return remote.fetch(repo, revision, **how)
+
+
+def _in_namespace(text: str, name: str, revision: str | None, **how: Any) -> Path:
+    """By the name with dashes, as models have them; else as it was written."""
+    from zoo import remote
+
+    try:
+        return remote.fetch(f"{namespace()}/{name}", revision, **how)
+    except remote.NotThere:
+        if text == name:
+            raise
+        return remote.fetch(f"{namespace()}/{text}", revision, **how)
 
 
 def _nowhere(name: str) -> str:
@@ -171,6 +184,14 @@ def _nowhere(name: str) -> str:
 def is_cached(folder: Path) -> bool:
     """Whether a model's folder is the hub's cache, where nothing is written."""
     return folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
+
+
+def _fetched_anew(folder: Path, token: str | bool | None) -> Path:
+    """A commit in the hub's cache, downloaded once more."""
+    from zoo import remote
+
+    repo = folder.parents[1].name.removeprefix("models--").replace("--", "/")
+    return remote.fetch(repo, folder.name, token=token, cache_dir=folder.parents[2], force_download=True)
 
 
 def name_of(folder: Path) -> str:
@@ -220,7 +241,13 @@ def from_pretrained(
             text = f"{folder / checkpoint.CONFIG} is not understood ({' '.join(str(error).split()).rstrip('.')})"
             raise ZooError(f"{text}; fetch it anew, or install a newer zoo.") from error
 
-    module, _ = checkpoint.load(folder, build)
+    try:
+        module, _ = checkpoint.load(folder, build)
+    except checkpoint.Damaged:
+        if not is_cached(folder):
+            raise
+        module, _ = checkpoint.load(_fetched_anew(folder, token), build)
+    module.folder = folder
     module.record = checkpoint.read_json(folder / checkpoint.RECORD) or None
     if private := checkpoint.read_json(folder / "private" / "state.json"):
         try:

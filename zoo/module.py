@@ -112,6 +112,7 @@ class AnomalyModule(LearningModule):
         self.mean, self.std = (0.5,) * self.channels, (0.5,) * self.channels
         self.calibration: Calibration | None = None
         self.preset: str | None = None
+        self.folder: Path | None = None  # that it was loaded from, or saved to by its fit
         self.record: dict[str, Any] | None = None  # of its fit and evaluation, which its card states
         self.selection: dict[str, Any] | None = None  # metric, data, seed and size of what chose the weights
         self.view, self._other_tiles = View(), False
@@ -370,7 +371,14 @@ class AnomalyModule(LearningModule):
             self.features.source = config["backbone"]
 
     def save_pretrained(
-        self, folder: str | Path, record: dict[str, Any] | None = None, private: dict[str, str] | None = None
+        self,
+        folder: str | Path,
+        record: dict[str, Any] | None = None,
+        private: dict[str, str] | None = None,
+        *,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        **how: Any,
     ) -> Path:
         """Write the model as a folder: weights, configuration, card, record and what is private.
 
@@ -378,17 +386,24 @@ class AnomalyModule(LearningModule):
             folder: its place; a model that is already there is replaced, all at once.
             record: the results that the card states; None: those that it was loaded with, or that its fit gave.
             private: further text files by name, kept under `private/`.
+            push_to_hub: publish it too, to `repo_id` or the folder's name in the namespace, with the arguments `how` of
+                `push_to_hub`.
 
         Raises:
             ZooError: something else than a model lies there, or it can't be written.
         """
+        from zoo.hub import namespace
+
         config, record = self.config(), record or self.record
         extra = {checkpoint.CARD: render_card(config, record)}
         if record:
             extra[checkpoint.RECORD] = checkpoint.dump(record)
         private = {"state.json": checkpoint.dump(self.private_state())} | (private or {})
         extra |= {f"private/{k}": v for k, v in private.items()}
-        return checkpoint.save(folder, self, config, extra, self.last_weights)
+        place = checkpoint.save(folder, self, config, extra, self.last_weights)
+        if push_to_hub:
+            self.push_to_hub(repo_id or f"{namespace()}/{place.name}", **how)
+        return place
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None, **how: Any) -> Self:
@@ -400,13 +415,33 @@ class AnomalyModule(LearningModule):
             raise ZooError(f"{name} is a model of {model.method}; load it with zoo.from_pretrained({str(name)!r}).")
         return model
 
-    def push_to_hub(self, repo_id: str, **how: Any) -> Any:
-        """Publish the model, as it is in memory and with its record; arguments, result and errors are those of
-        `zoo.publish.publish`."""
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        branch: str | None = None,
+        tag: str | None = None,
+        data_names: bool = False,
+        overwrite_card: bool = False,
+    ) -> Any:
+        """Publish the model, as it is in memory and with its record, to a repository `ORG/NAME` on the hub.
+
+        Arguments, result and errors are those of `zoo.publish.publish`.
+        """
         from zoo.publish import publish
 
-        with tempfile.TemporaryDirectory() as folder:
-            return publish(self.save_pretrained(Path(folder) / "model"), repo_id, **how)
+        how = {"private": private, "token": token, "branch": branch, "tag": tag, "commit_message": commit_message}
+        with tempfile.TemporaryDirectory() as place:
+            folder = self.save_pretrained(Path(place) / "model", private=self._known_images())
+            return publish(folder, repo_id, data_names=data_names, overwrite_card=overwrite_card, **how)
+
+    def _known_images(self) -> dict[str, str]:
+        """What its folder notes of images by name, none of which may be published."""
+        notes = (self.folder / "private").glob("*.csv") if self.folder else ()
+        return {path.name: path.read_text(encoding="utf-8") for path in notes}
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Buffers whose size is learnt (a memory bank) take the stored shape."""

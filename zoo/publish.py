@@ -4,15 +4,19 @@ Nothing of `private/` leaves the machine. The name of a folder of images stays h
 ends with a digest of its own text: one that was edited on the hub no longer fits it, and is kept.
 """
 
+import getpass
 import hashlib
 import io
 import json
 import logging
+import os
 import re
 import shutil
+import socket
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
@@ -28,9 +32,13 @@ EVALUATION = ".eval_results/zoo.yaml"
 PUBLIC = (WEIGHTS, CONFIG, CARD, RECORD, EVALUATION)
 _SIGNED = re.compile(r"\n<!-- Written by the zoo\. SHA-256 of the text above: ([0-9a-f]{64}) -->\n\Z")
 _PLACE = re.compile(
-    r"(?<![\w.:/-])(?:/(?:home|Users|root|mnt|media|tmp|var|scratch|srv|opt)/|[A-Za-z]:\\\\?\w)[^\s\"']*"
+    r"""(?<![\w/.~\])>-])/(?!/)[\w.~-]+/[^\s"')]*"""  # /a/b, also behind a colon
+    r"""|(?<=["'\s])/[A-Za-z][\w.-]+"""  # /a
+    r"""|file:/+\S+|(?<![\w~])~/[\w.]\S*"""
+    r"""|(?<!\w)[A-Za-z]:\\{1,2}\w[^\s"']*|\\{2,4}[\w.-]+\\[^\s"']*"""  # of Windows, a share
 )
 
+COMMON = {"root", "user", "admin", "localhost", "cuda", "full", "house", "mean", "none", "normal", "paper", "synthetic"}
 SILENCE = 30.0  # seconds in which a hub says nothing before an upload is given up
 
 log = logging.getLogger(__name__)
@@ -73,12 +81,15 @@ def stage(
     texts |= {RECORD: checkpoint.dump(record)} if record else {}
     found = eval_results(config, record, repo) if record and repo else None
     texts |= {EVALUATION: found} if found else {}
-    _check_public(folder, texts)
+    _check_public(texts, _image_names(folder))
     with checkpoint.replacing(out) as temporary:
         for name, text in texts.items():
             (temporary / name).parent.mkdir(exist_ok=True)
             (temporary / name).write_text(text, encoding="utf-8")
-        shutil.copyfile(folder / WEIGHTS, temporary / WEIGHTS)
+        try:
+            os.link((folder / WEIGHTS).resolve(), temporary / WEIGHTS)  # it is replaced, never written to
+        except OSError:
+            shutil.copyfile(folder / WEIGHTS, temporary / WEIGHTS)
     return out
 
 
@@ -89,6 +100,7 @@ def publish(
     private: bool | None = None,
     tag: str | None = None,
     token: str | bool | None = None,
+    branch: str | None = None,
     commit_message: str | None = None,
     data_names: bool = False,
     overwrite_card: bool = False,
@@ -102,6 +114,7 @@ def publish(
         private: make a new repository that only its owners see.
         tag: for the commit, such as `v1`; a tag that is there already is not moved.
         token: as for the hub's client; None: that of `HF_TOKEN` or `hf auth login`.
+        branch: to commit to, made from the main one where there is none.
         commit_message: its first line; None: "Publish METHOD".
         data_names: see `stage`.
         overwrite_card: replace a card that was edited on the hub; else it is kept.
@@ -109,13 +122,19 @@ def publish(
 
     Raises:
         ZooError: no such model, no answer, no right to write, a repository that is public already or has the tag;
-            something private in what would be published. Nothing is uploaded then.
+            something private in what would be published. Nothing is uploaded then, unless it is the tag alone that the
+            hub refuses.
     """
+    from zoo.remote import is_open
+
     check_target(repo, tag)
+    _check_public({"The message of the commit": commit_message or ""})
     with tempfile.TemporaryDirectory() as place, _explained(repo), _client():
-        hub = _Hub(repo, token)
-        staged = stage(folder, Path(place) / "model", repo, data_names, hub.is_open)
+        hub = _Hub(repo, token, branch)
+        staged = stage(folder, Path(place) / "model", repo, data_names, cache(is_open))
         hub.open(private)
+        if _was_edited_here(Path(folder)):
+            say(f"The card in {folder} is not that of its record, or of an older zoo; published is that of its record.")
         files = {name: staged / name for name in PUBLIC if (staged / name).is_file()}
         if CARD in hub.files and not overwrite_card and is_edited(text := hub.card(Path(place))):
             del files[CARD]
@@ -157,6 +176,14 @@ def is_edited(card: str) -> bool:
     return match is None or match[1] != _sha256(card[: match.start()].encode())
 
 
+def _was_edited_here(folder: Path) -> bool:
+    """Whether the card of a model's folder is none that its record gives."""
+    path = folder / CARD
+    card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    known = checkpoint.read_config(folder), checkpoint.read_json(folder / RECORD) or None
+    return bool(card) and is_edited(card) and card != render_card(*known)
+
+
 def _without_names(record: dict[str, Any], is_open: Callable[[str], bool]) -> dict[str, Any]:
     """A record in which data that not everybody may see has no name of its own."""
     record = json.loads(json.dumps(record))
@@ -168,14 +195,19 @@ def _without_names(record: dict[str, Any], is_open: Callable[[str], bool]) -> di
     return record
 
 
-def _check_public(folder: Path, texts: dict[str, str]) -> None:
-    """Raises ZooError for a place of this machine, or the name of an image that the model has seen."""
-    names = _image_names(folder)
+def _check_public(texts: dict[str, str], images: Iterable[str] = ()) -> None:
+    """Raises ZooError for a place of this machine, its or its user's name, or that of an image that was seen."""
+    names = {name for name in (getpass.getuser(), socket.gethostname()) if len(name) > 3 and name not in COMMON}
+    machine = "|".join(map(re.escape, names))
     for file, text in texts.items():
-        if found := _PLACE.search(text) or re.search(re.escape(str(Path.home())) + r"[/\\]\S*", text):
+        if found := _PLACE.search(text):
             raise ZooError(f"{file} has a place of this machine in it ({found[0]}); nothing was published.")
-        if file in (CONFIG, RECORD) and (image := next((name for name in names if name in text), None)):
+        if file == CARD:  # of the same names, between words that may be anybody's
+            continue
+        if image := next((name for name in images if name in text), None):
             raise ZooError(f"{file} has the name of an image in it ({image}); nothing was published.")
+        if machine and (found := re.search(rf"(?<![\w-])(?:{machine})(?![\w-])", text)):
+            raise ZooError(f"{file} names this machine or its user ({found[0]}); nothing was published.")
 
 
 def _image_names(folder: Path) -> set[str]:
@@ -196,53 +228,51 @@ class _Hub:
     """A repository as it is, and as it becomes.
 
     Attributes:
-        head: commit of the main branch.
+        head: commit of the branch.
         files: SHA-256, or git's SHA-1, of each public file that it has.
     """
 
-    def __init__(self, repo: str, token: str | bool | None):
+    def __init__(self, repo: str, token: str | bool | None, branch: str | None):
         from huggingface_hub import HfApi, constants
 
         if constants.HF_HUB_OFFLINE:
             raise ZooError(f"{repo} can't be published to in offline mode; unset HF_HUB_OFFLINE.")
         self.repo, self.api, self.endpoint = repo, HfApi(token=token), constants.ENDPOINT
-        self.head, self.files = "", {}
+        self.branch, self.head, self.files = branch, "", {}
 
     def open(self, private: bool | None) -> None:
         """Look at the repository, or make it."""
         from huggingface_hub import errors
+        from huggingface_hub.hf_api import RepoFile
 
         from zoo.remote import PATIENCE, TIMEOUT, within
 
         try:
             info = within(PATIENCE, lambda: self.api.model_info(self.repo, timeout=TIMEOUT))
         except errors.RepositoryNotFoundError:
-            self.api.create_repo(self.repo, private=bool(private), exist_ok=True)
+            self.api.create_repo(self.repo, private=private, exist_ok=True)
             info = self.api.model_info(self.repo)
+        if self.branch:
+            self.api.create_branch(self.repo, branch=self.branch, exist_ok=True)
+            info = self.api.model_info(self.repo, revision=self.branch)
         if private and not info.private:
             raise ZooError(f"{self.repo} is public; make it private on its page first, or publish to another one.")
         self.head = info.sha
-        found = self.api.get_paths_info(self.repo, list(PUBLIC), revision=self.head)
-        self.files = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in found}
-
-    def is_open(self, data: str) -> bool:
-        """Whether a data set is there for somebody without a token."""
-        from huggingface_hub.errors import HTTPError
-
-        from zoo.remote import TIMEOUT
-
-        try:
-            return not self.api.dataset_info(data, token=False, timeout=TIMEOUT).private
-        except (HTTPError, ValueError):  # a name that is told by mistake can't be taken back
-            return False
+        found = self.api.list_repo_tree(self.repo, recursive=True, revision=self.head)
+        ours = [file for file in found if isinstance(file, RepoFile) and file.path in PUBLIC]
+        self.files = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in ours}
 
     def card(self, place: Path) -> str:
         path = self.api.hf_hub_download(self.repo, CARD, revision=self.head, cache_dir=place / "cache")
         return Path(path).read_text(encoding="utf-8", errors="replace")
 
     def has(self, name: str, path: Path) -> bool:
-        data, known = path.read_bytes(), self.files.get(name)
-        return known in (_sha256(data), hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest())
+        """Whether it has a file with this content, by SHA-256 (large files) or as git names it."""
+        known = self.files.get(name)
+        if known is None or len(known) == 64:
+            return known is not None and known == checkpoint.file_sha256(path)
+        data = path.read_bytes()
+        return known == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
     def check_tag(self, tag: str | None, will_change: bool) -> None:
         known = {ref.name: ref.target_commit for ref in self.api.list_repo_refs(self.repo).tags} if tag else {}
@@ -255,7 +285,8 @@ class _Hub:
         with ExitStack() as stack:
             add = [CommitOperationAdd(name, self._content(path, stack)) for name, path in files.items()]
             operations = [*add, *map(CommitOperationDelete, stale)]
-            done = self.api.create_commit(self.repo, operations, commit_message=message, parent_commit=self.head)
+            where = {"revision": self.branch, "parent_commit": self.head}
+            done = self.api.create_commit(self.repo, operations, commit_message=message, **where)
         self.head = done.oid
 
     def _content(self, path: Path, stack: ExitStack) -> str | io.BufferedReader:
@@ -272,16 +303,17 @@ class _Hub:
 @contextmanager
 def _client() -> Iterator[None]:
     """The hub's client with an end to its patience, and without its warning that an open file doesn't go by Xet."""
-    from huggingface_hub.utils import get_session, logging
+    from huggingface_hub.utils import get_session
 
-    session, verbosity = get_session(), logging.get_verbosity()
+    from zoo.remote import quiet
+
+    session = get_session()
     before, session.timeout = session.timeout, SILENCE
-    logging.set_verbosity_error()
     try:
-        yield
+        with quiet():
+            yield
     finally:
         session.timeout = before
-        logging.set_verbosity(verbosity)
 
 
 @contextmanager

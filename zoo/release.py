@@ -35,7 +35,7 @@ WORK, MODELS = "work", "models"
 DRAWS = 1000  # of the test images, for the intervals of a published record
 MARK = Path("private", "release.json")  # in a model that is made ready: what it was made from
 PATIENCE = 600  # seconds for another release in the folder to write a model
-TIMEOUT = 10  # seconds of the one question to the hub before the work
+TIMEOUT = 4  # seconds of the one question to the hub before the work
 
 
 @dataclass
@@ -155,9 +155,16 @@ def _prefix(release: Release, spec: DataSpec) -> str:
         raise ZooError(f"--prefix is letters, digits and single dashes, such as fab7; not {release.prefix or own!r}.")
     if prefix.split("-")[0] == "miic" and not (prefix == own and spec.name in RESERVED):
         raise ZooError(f"--prefix {prefix} is for models of MIIC, and these are of {spec.name}; give another one.")
-    if release.push and release.prefix is None and not (spec.kind == "hub" or public_name({"name": spec.name})):
-        raise ZooError(f"The name of the folder {spec.name} would be public; say by --prefix what to call the models.")
+    if release.push and release.prefix is None and not (public_name({"name": spec.name}) or _is_open(spec)):
+        raise ZooError(f"The name of the data {spec.name} would be public; say by --prefix what to call the models.")
     return prefix
+
+
+def _is_open(spec: DataSpec) -> bool:
+    """Whether anybody may see the data on the hub."""
+    from zoo.remote import is_open
+
+    return spec.kind == "hub" and is_open(spec.options["repo"])
 
 
 def _slug(name: str) -> str:
@@ -243,7 +250,8 @@ def _staged(
             for left in place.parent.glob(f".{place.name}.*"):  # by one that was killed
                 shutil.rmtree(left, ignore_errors=True)
         ready, why = _ready(release, method, runs, say)
-        return stage(ready, release.out / MODELS / name, f"{release.org}/{name}"), why
+        repo, spec = f"{release.org}/{name}", check_data(release.plan.data)
+        return stage(ready, release.out / MODELS / name, repo, is_open=lambda data: _is_open(spec)), why
 
 
 def _ready(release: Release, method: str, runs: Sequence[str], say: Callable[[str], None]) -> tuple[Path, str | None]:

@@ -6,26 +6,35 @@ earlier one as it was. Where there is no answer, the cache serves.
 """
 
 import logging
+import math
 import re
+import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, ModelCard, constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.utils import logging as client_log
 from huggingface_hub.utils import validate_repo_id
 
 from zoo.checkpoint import CARD, CONFIG, LARGEST, RECORD, WEIGHTS, read_config, write_text
 from zoo.errors import ZooError
 from zoo.naming import METRICS
 
-PATIENCE = 4.0  # seconds that the hub has to say which commit a name stands for
-TIMEOUT = 3.0  # seconds of one request
+PATIENCE = 3.0  # seconds that the hub has to say which commit a name stands for
+TIMEOUT = 2.5  # seconds of one request
 SAYS_NO = (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.DisabledRepoError)
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle")
 LIBRARY = "zoo"  # of cards: by it a repository is known as one of ours
 
 log = logging.getLogger(__name__)
+
+
+class NotThere(ZooError):
+    """The hub has no such repository or revision, or doesn't show it."""
 
 
 class Listing(NamedTuple):
@@ -65,12 +74,12 @@ def fetch(
     if local_files_only or constants.HF_HUB_OFFLINE:
         if cached:
             return cached
-        raise ZooError(_not_at_hand(repo, revision, "offline mode is on"))
+        raise ZooError(_not_at_hand(repo, revision, "HF_HUB_OFFLINE or local_files_only is set"))
     try:
         listing = within(PATIENCE, lambda: _ask(repo, revision, token))
     except SAYS_NO as error:
         if not cached:
-            raise ZooError(_refusal(repo, revision, error)) from None
+            raise NotThere(_refusal(repo, revision, error)) from None
         log.warning("%s Taken is the cached copy of commit %s.", _refusal(repo, revision, error), cached.name[:7])
         return cached
     except (errors.HTTPError, ValueError, TypeError, KeyError, OSError) as error:
@@ -104,7 +113,13 @@ class _Cache:
             return self.snapshot(revision)
         ref = self._ref(revision)
         folder = self.snapshot(ref.read_text(encoding="utf-8").strip()) if ref.is_file() else None
-        return folder if folder and self.is_whole(folder) else None
+        if folder and self.is_whole(folder):
+            return folder
+        if revision not in (None, constants.DEFAULT_REVISION):
+            return None
+        # Another tool that fetched one file of a newer commit has moved the note of the main branch there.
+        whole = [each for each in (self.place / "snapshots").glob("*") if self.is_whole(each)]
+        return max(whole, key=lambda each: each.stat().st_mtime, default=None)
 
     def note(self, revision: str | None, commit: str) -> None:
         """Keep in mind what a branch or tag stands for, as the client does."""
@@ -146,8 +161,9 @@ def _ask(repo: str, revision: str | None, token: str | bool | None) -> Listing:
     files = {file.rfilename: (file.size, file.lfs.sha256 if file.lfs else None) for file in info.siblings or ()}
     if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
         raise ValueError("it named no commit")
-    if CONFIG in files:
-        get_hf_file_metadata(hf_hub_url(repo, CONFIG, revision=info.sha), token=token, timeout=TIMEOUT)
+    for name in (CONFIG, WEIGHTS):
+        if name in files:
+            get_hf_file_metadata(hf_hub_url(repo, name, revision=info.sha), token=token, timeout=TIMEOUT)
     return Listing(info.sha, files)
 
 
@@ -190,6 +206,10 @@ def _download(repo: str, listing: Listing, token: str | bool | None, cache: _Cac
 
 def _not_at_hand(repo: str, revision: str | None, reason: str) -> str:
     at = f"{repo}@{revision}" if revision else repo
+    if reason.endswith(("401", "403")):
+        return (
+            f"{constants.ENDPOINT} refuses the token ({reason}); to get {at}, log in (hf auth login) or set HF_TOKEN."
+        )
     return (
         f"{at} is not in the hub's cache, and {constants.ENDPOINT} can't be asked ({reason}): connect once, name a "
         f"mirror by HF_ENDPOINT, or copy its folder from elsewhere (hf download {repo} --local-dir FOLDER) and give "
@@ -241,18 +261,56 @@ def cards_of(namespace: str, token: str | bool | None = None) -> list[Card]:
 
     def ask() -> list[Card]:
         found = HfApi(token=token).list_models(author=namespace, cardData=True)
-        datas = {info.id: info.card_data or ModelCard.load(info.id, token=token).data for info in found}
-        return [_card(repo, data) for repo, data in datas.items() if data.get("library_name") == LIBRARY]
+        cards = [(info.id, info.card_data or _metadata(info.id, token)) for info in found]
+        return [_card(repo, data) for repo, data in cards if data and data.get("library_name") == LIBRARY]
 
     try:
-        return sorted(within(3 * PATIENCE, ask))
+        with quiet():
+            return sorted(within(2 * PATIENCE, ask), key=lambda card: card.repo)
     except (errors.HTTPError, ValueError, TypeError, OSError) as error:
         raise ZooError(f"{constants.ENDPOINT} can't be asked what {namespace} has ({reason(error)}).") from error
 
 
+def _metadata(repo: str, token: str | bool | None) -> Any:
+    """Of a card that a list of models leaves out; None where there is none, or none that can be read."""
+    try:
+        with tempfile.TemporaryDirectory() as place:  # in the cache it would move the note of the main branch
+            path = hf_hub_download(repo, CARD, cache_dir=place, token=token, etag_timeout=TIMEOUT)
+            return ModelCard(Path(path).read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+    except (errors.HTTPError, ValueError, TypeError, OSError):
+        return None
+
+
 def _card(repo: str, data: Any) -> Card:
-    results = data.eval_results or []
-    counts = [result for result in results if result.dataset_config == results[0].dataset_config]
+    """Its figures are those of the first part of the test set, by the score that decides."""
+    results, figures = data.eval_results or [], {}
     named = {title: key for key, title in METRICS.items()}
-    figures = {named[each.metric_name]: float(each.metric_value) for each in counts if each.metric_name in named}
-    return Card(repo, list(data.tags or ()), results[0].dataset_name if results else None, figures)
+    for each in results:
+        counts = each.dataset_config == results[0].dataset_config and not each.metric_args
+        if counts and each.metric_name in named and _is_number(each.metric_value):
+            figures.setdefault(named[each.metric_name], float(each.metric_value))
+    return Card(repo, [str(tag) for tag in data.tags or ()], str(results[0].dataset_name) if results else None, figures)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def is_open(data: str) -> bool:
+    """Whether somebody without a token may see a data set on the hub; False where that can't be told."""
+    try:
+        ask = partial(HfApi().dataset_info, data, token=False, timeout=TIMEOUT)
+        return not constants.HF_HUB_OFFLINE and not within(PATIENCE, ask).private
+    except (errors.HTTPError, ValueError, OSError):  # a name that is told by mistake can't be taken back
+        return False
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the warnings of the hub's client."""
+    verbosity = client_log.get_verbosity()
+    client_log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        client_log.set_verbosity(verbosity)
