@@ -423,7 +423,7 @@ def test_one_model_by_its_folder_or_by_its_repository(made, carried, tmp_path, c
 def test_a_data_set_on_the_hub_names_models_where_anybody_may_see_it(monkeypatch):
     options = {"repo": "lab/lot-7", "revision": "0" * 40}
     spec = DataSpec("hub", "lot 7", "f" * 64, {"train": [9, 0], "test": [2, 2]}, options)
-    planned = release.Release(Plan("hub:lab/lot-7"), "fab", push=True)
+    planned = release.Release(Plan("hub:lab/lot-7", ["padim"], Path("out")), "fab", push=True)
     monkeypatch.setattr("zoo.remote.is_open", lambda repo: repo == "lab/lot-7")
     assert release._prefix(planned, spec) == "lot-7" and release._is_open(spec)
     monkeypatch.setattr("zoo.remote.is_open", lambda repo: False)
