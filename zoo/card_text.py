@@ -62,7 +62,8 @@ def data_terms(data: dict[str, Any], trained: bool = True) -> str:
     if name in SEM:
         known = data.get("terms") or f"MIIC is for non-commercial research only, see {MIIC_DOI}."
         licensed = "The licence of this model is therefore `other`."
-        licensed = licensed if trained else "There are none yet; the licence that stands above, `other`, is for them."
+        if not trained:
+            licensed = "Of this model there are none yet; the licence that this card states, `other`, is for them."
         said = f"Terms of the data: {known} {licensed}"
         return said if name == paper.DATA_NAME else paragraphs(said, PARTIAL)
     if has_foreign_pairs(data):
@@ -83,8 +84,8 @@ def data_terms(data: dict[str, Any], trained: bool = True) -> str:
 def _owner(before: str) -> str:
     """What goes for weights that were learned from images of which the zoo knows no terms."""
     said = (
-        "The images are their owner's, who decides what may be done with weights that were learned from them. This card "
-        "knows of no terms. The zoo's code is under Apache-2.0."
+        "The images are their owner's, who decides what may be done with weights that were learned from them; this "
+        "card knows no terms of theirs. The zoo's code is under Apache-2.0."
     )
     return f"{before} {said}".strip()
 

@@ -142,7 +142,7 @@ def _untrained_card(method: str, name: str) -> str:
     preset = presets(method, PRESET)
     side = preset.get("model", {}).get("input_size") or signature(method)["input_size"].default
     share = preset.get("data", {}).get("train_fraction", 1)
-    part = "" if share == 1 else f"{100 * share:.4g} %, drawn at random, of "
+    part = "" if share == 1 else f"a random {100 * share:.4g} % of "
     fit = f"zoo fit {method.replace('_', '-')} --preset {PRESET} --data miic:DIR --name {name}"
     theirs = paper.figures(paper.DATA_NAME, method)
     figures = card_text.table(card_text.paper_column(theirs)) if theirs else ""
@@ -157,7 +157,7 @@ def _untrained_card(method: str, name: str) -> str:
             f"are no weights, and no figure of ours. {card_text.method(config)}"
         ),
         results=card_text.paragraphs(
-            f"None of ours yet.{' Published are:' if theirs else ''}",
+            f"None of ours yet.{' Published figures:' if theirs else ''}",
             figures,
             card_text.about_paper(paper.DATA_NAME, method),
         ),

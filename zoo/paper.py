@@ -70,12 +70,12 @@ def caveat(method: str) -> str:
         )
     seen, unsaid = "23,888 normal images", ""
     if method == "patchcore":
-        seen = "a random half of the 23,888 normal images that other methods had"
-        unsaid = "how much of these images' patches its coreset kept, "
+        seen = "a random half of its 23,888 normal training images"
+        unsaid = "how much of them the coreset kept, "
     return (
-        f"The figures in the paper's column are the paper's (arXiv 2505.07576, Table 3), not the zoo's. As it says, the "
-        f"method was trained on {seen}, at 224 x 224, and the best model was kept by half of the test set. It does not "
-        f"say {unsaid}whether its figures are of the whole test set or of the other half, by which seed, and after how "
-        "much training, and which code made them is not confirmed. Its F1 is the maximum over all thresholds, as ours "
-        f"is; its recipe for PRO is not stated. {NO_FINDING}"
+        "The figures in the paper's column are the paper's (arXiv 2505.07576, Table 3), not the zoo's. The paper says "
+        f"that this method was trained on {seen}, at 224 x 224, and that the best model was chosen on half of the test "
+        f"set. It does not say {unsaid}whether its figures are of the whole test set or of the other half, by which "
+        "seed, and after how much training, and which code made them is not confirmed. Its F1 is the maximum over all "
+        f"thresholds, as ours is; its recipe for PRO is not stated. {NO_FINDING}"
     )

@@ -9,7 +9,8 @@ kappa x that of the critic's features. The encoder ends in tanh, as in the paper
 Deviations: input may be 128, by one more block before the others, of half as many channels; the generator's step comes
 after the critic's fifth, not before its first, and its BatchNorm sees the critic's noise too; running statistics move
 by a tenth a step (there a hundredth) and RMSprop's mean square starts at 0 (there 1), for short fits; no batch is
-dropped; test images are not flipped. The critic's features in scores, and its penalty, are float32 throughout. The map is |x - G(E(x))|.
+dropped; no image is flipped in tests. The critic's features in scores, and its penalty, are float32 throughout. The map
+is |x - G(E(x))|.
 """
 
 from collections.abc import Callable
