@@ -539,7 +539,7 @@ def test_what_a_card_says_of_learning_and_scoring(config, record):
         "weights of 45.6 MiB",
         f" {record['peak_memory_mb']:,.0f} MiB at the peak, ",
         "precision float32 (`32-true`)",
-        "64 x 64 pixels, in three channels, a grey image the same in each",
+        "64 x 64 pixels, in three channels (a grey image is repeated in each)",
         "2 processes",
         "[`timm/resnet18.tv_in1k`](https://huggingface.co/timm/resnet18.tv_in1k)",
     ):
@@ -552,10 +552,12 @@ def test_what_a_card_says_of_learning_and_scoring(config, record):
 def test_the_card_tells_that_the_scores_of_normal_images_are_in_the_configuration(config, record):
     calibrated = section(render_card(config, record), "Threshold and false alarms")
     assert "in float32 (`32-true`)" in calibrated
-    assert "`config.json` holds the scores of these images and the levels of their maps" in calibrated
+    assert (
+        "`config.json` holds the scores of the calibration images and the levels at which regions appear" in calibrated
+    )
     default = config | {"calibration": config["calibration"] | {"calibrated": False, "levels": []}}
     plain = section(render_card(default, record), "Threshold and false alarms")
-    assert "`config.json` holds the scores of these images, sorted, without the images or their names" in plain
+    assert "`config.json` holds the scores of the held-out images, sorted, without the images or their names" in plain
     assert {"scores", "levels"} <= config["calibration"].keys()
     assert not {"names", "paths", "images"} & config["calibration"].keys()
 
@@ -571,8 +573,8 @@ def test_an_interval_without_errors_says_little(config, record, value, ends, rem
     for each in (record, {key: found for key, found in record.items() if key not in ("readings", "protocol")}):
         text = section(render_card(config, each), "Results")
         counts = reading if "readings" in each else each["test_data"]
-        said = f"that {counts['normal']} normal images and {counts['anomalous']} anomalous ones show no error"
-        assert ("the interval can't say how far below it the true value is" in text) == remarked == (said in text)
+        said = f"don't show in {counts['normal']} normal images and {counts['anomalous']} anomalous ones."
+        assert ("the interval can't say how far below it the true value may be" in text) == remarked == (said in text)
 
 
 def test_patchcore_saw_half_of_the_images():

@@ -45,7 +45,7 @@ def _beside_normals(data: dict[str, Any]) -> str:
 def terms(config: dict[str, Any], record: dict[str, Any]) -> str:
     data = record.get("train_data")
     if not data:
-        return "What it learned from is not recorded, and so neither are the terms of that."
+        return "It is not recorded what this model learned from, nor on what terms."
     more = _beside_normals(data)
     tiles = f", seen in {_count(data['tiles'], 'tile')}" if data.get("tiles") else ""
     said = [f"It learned from {_count(data['images'], 'normal image')}{f' {more}' if more else ''} {_of(data)}{tiles}."]
@@ -84,8 +84,8 @@ def data_terms(data: dict[str, Any], trained: bool = True) -> str:
 def _owner(before: str) -> str:
     """What goes for weights that were learned from images of which the zoo knows no terms."""
     said = (
-        "The images are their owner's, who decides what may be done with weights that were learned from them; this "
-        "card knows no terms of theirs. The zoo's code is under Apache-2.0."
+        "The images are their owner's, who decides what may be done with weights that were learned from them; no "
+        "terms of theirs are known here. The zoo's code is under Apache-2.0."
     )
     return f"{before} {said}".strip()
 
@@ -113,7 +113,11 @@ def _backbone_terms(config: dict[str, Any], record: dict[str, Any]) -> str:
 
 def results(config: dict[str, Any], record: dict[str, Any]) -> str:
     if not record.get("metrics"):
-        return "Nothing yet: this model was fitted and not evaluated." if record else "Nothing is recorded."
+        return (
+            "Nothing yet: this model was fitted and not evaluated."
+            if record
+            else "No record of a fit or an evaluation came with this model."
+        )
     data = record["test_data"]["name"]
     data = data if record.get("train_data", {}).get("name") == data else ""  # others have nothing to be compared with
     theirs = paper.figures(data, config["method"])
@@ -207,7 +211,7 @@ def _about_intervals(record: dict[str, Any]) -> str:
 
 
 def _about_ends(record: dict[str, Any]) -> str:
-    """What an interval can't say: draws from images that are all told apart are told apart too."""
+    """What an interval can't say: draws of images without an error have none either."""
     reading = _readings(record)[0] if _readings(record) else record | record["test_data"]
     ends = record["intervals"]["metrics"]
     perfect = any(reading["metrics"].get(key, 0) >= 1 for key in ends)
@@ -215,8 +219,8 @@ def _about_ends(record: dict[str, Any]) -> str:
         return ""
     count = f"{_count(reading['normal'], 'normal image')} and {_count(reading['anomalous'], 'anomalous one')}"
     return (
-        " Where a figure is 1, or all draws gave the same, the interval can't say how far below it the true value is: "
-        f"that {count} show no error does not mean that others won't."
+        " Where a figure is 1, or all draws gave the same, the interval can't say how far below it the true value "
+        f"may be: rare errors don't show in {count}."
     )
 
 
@@ -271,7 +275,7 @@ def threshold(config: dict[str, Any], record: dict[str, Any]) -> str:
         held = _count(len(found["scores"]), "held-out normal image")
         return (
             f"Default, uncalibrated: from {held}, without a stated false-alarm rate. {above} `zoo calibrate` sets a "
-            f"threshold that holds a rate, from normal images of your own. {_scores_held(found)}"
+            f"threshold that holds a rate, from normal images of your own. {_scores_held(found, 'held-out')}"
         )
     origin, area = record.get("calibration", {}), found["min_area"]
     source = f" {_of(origin['data'])}" if origin.get("data") else ""
@@ -285,17 +289,18 @@ def threshold(config: dict[str, Any], record: dict[str, Any]) -> str:
     sure, rate = f"{100 * found['confidence']:.4g} %", f"{100 * found['false_alarm_rate']:.4g} %"
     return (
         f"Calibrated on {where}. {above} With {sure} confidence, at most {rate} of normal images are called anomalous "
-        "by their scores, and at most as many (which may be others) have a region of "
-        f"{_count(area, 'pixel')} or more in the mask. It holds for images that are drawn as these were: of the same "
-        f"tool, process and size. `zoo calibrate` sets another rate, or takes other images. {_scores_held(found)}"
+        "by their scores, and at most as many, though they may be other ones, have a region of "
+        f"{_count(area, 'pixel')} or more in the mask. Both hold for images that are drawn as these were: of the same "
+        "tool, process and size. `zoo calibrate` sets another rate, or takes other images. "
+        f"{_scores_held(found, 'calibration')}"
     )
 
 
-def _scores_held(found: dict[str, Any]) -> str:
-    levels = " and the levels of their maps" if found.get("levels") else ""
+def _scores_held(found: dict[str, Any], which: str) -> str:
+    levels = " and the levels at which regions appear in their maps" if found.get("levels") else ""
     return (
-        f"`config.json` holds the scores of these images{levels}, sorted, without the images or their names: they tell "
-        "how many normal images score as high as a new one."
+        f"`config.json` holds the scores of the {which} images{levels}, sorted, without the images or their names; "
+        "p-values of new images come from them."
     )
 
 
@@ -378,7 +383,7 @@ def _duration(seconds: float) -> str:
 def _seen(view: dict[str, Any]) -> list[str]:
     """How images are seen; models of before have no view."""
     height, width = view["input_size"]
-    channels = "in grey" if view["channels"] == 1 else "in three channels, a grey image the same in each"
+    channels = "in grey" if view["channels"] == 1 else "in three channels (a grey image is repeated in each)"
     found = [f"{height} x {width} pixels, {channels}"]
     for height, width, rows in view.get("bars", ()):
         found += [f"without the info bar, the last {rows} rows of {width} x {height}"] if rows else []
