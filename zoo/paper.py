@@ -49,19 +49,7 @@ ABOUT = (
     "ours is therefore no finding about a method by itself."
 )
 
-# What a card says of them.
-CAVEAT = (
-    "The figures in the paper's column are the paper's (arXiv 2505.07576, Table 3), not the zoo's. It trained, as it "
-    "says, on 23,888 normal images at 224 x 224 and kept the best model by half of the test set. It does not say "
-    "whether its figures are of the whole test set or of the other half, by which seed, and after how much training, "
-    "and which code made them is not confirmed. Its F1 is the maximum over all thresholds, as ours is; its recipe for "
-    "PRO is not stated. A difference from ours is therefore no finding about a method by itself."
-)
-CAVEAT_COPIED = (
-    "The figures in the column of Huang et al. (ICIP 2021) are theirs, as the paper copies them (arXiv 2505.07576, "
-    "Table 3), not the zoo's. Their input size, training and threshold for F1 are not known. A difference from ours is "
-    "therefore no finding about a method by itself."
-)
+NO_FINDING = "A difference from ours is therefore no finding about a method by itself."
 
 
 def figures(data_name: str, method: str) -> dict[str, Any] | None:
@@ -70,3 +58,24 @@ def figures(data_name: str, method: str) -> dict[str, Any] | None:
         return None
     metrics = {key: round(value / 100, 6) for key, value in TABLE3[method].items()}
     return {"source": COPIED if method in STARRED else SOURCE, "metrics": metrics}
+
+
+def caveat(method: str) -> str:
+    """What a card says of the figures of a method that has a row."""
+    if method in STARRED:
+        return (
+            "The figures in the column of Huang et al. (ICIP 2021) are theirs, as the paper copies them (arXiv "
+            "2505.07576, Table 3), not the zoo's. Their input size, training and threshold for F1 are not known. "
+            f"{NO_FINDING}"
+        )
+    seen, unsaid = "23,888 normal images", ""
+    if method == "patchcore":
+        seen = "a random half of its 23,888 normal training images"
+        unsaid = "how much of them the coreset kept, "
+    return (
+        "The figures in the paper's column are the paper's (arXiv 2505.07576, Table 3), not the zoo's. The paper says "
+        f"that this method was trained on {seen}, at 224 x 224, and that the best model was chosen on half of the test "
+        f"set. It does not say {unsaid}whether its figures are of the whole test set or of the other half, by which "
+        "seed, and after how much training, and which code made them is not confirmed. Its F1 is the maximum over all "
+        f"thresholds, as ours is; its recipe for PRO is not stated. {NO_FINDING}"
+    )

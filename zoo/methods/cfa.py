@@ -9,7 +9,7 @@ the radius is learned, with weight decay; K = J = 3; a score is the distance wei
 Deviations: the mean is exact over all images, where the original averages means of batches; an epoch's last batch is
 not dropped, but as large as the others can be; squared distances are clamped at 0 before the root, where the original
 may give NaN; its unused second convolution and compression of the bank by k-means (gamma_c > 1) are left out; input is
-224 without the crop (preset `original` has it).
+224 without the original's centre crop (preset `original` has it).
 """
 
 from typing import Any

@@ -6,10 +6,11 @@ that a given image comes from. What is not normal has none, and differs from wha
 Original code: tSchlegl/f-AnoGAN (MIT). Same as there: residual networks and their first weights, 64 x 64 grey pixels,
 Wasserstein loss with gradient penalty, encoder izi_f on frozen networks; score = mean squared distance of the images +
 kappa x that of the critic's features. The encoder ends in tanh, as in the paper (the code leaves the choice).
-Deviations: input may be 128, one more block before the others, of half as many channels; generator's step after the
-fifth of the critic, not before the first, and its BatchNorm sees the critic's noise too; running statistics move by
-a tenth a step (there a hundredth), RMSprop's mean square starts at 0 (there 1), for short fits; no batch is dropped; no
-flips in tests. The critic's features in scores, and its penalty, are float32 throughout. The map is |x - G(E(x))|.
+Deviations: input may be 128, by one more block before the others, of half as many channels; the generator's step comes
+after the critic's fifth, not before its first, and its BatchNorm sees the critic's noise too; running statistics move
+by a tenth a step (there a hundredth) and RMSprop's mean square starts at 0 (there 1), for short fits; no batch is
+dropped; no image is flipped in tests. The critic's features in scores, and its penalty, are float32 throughout. The map
+is |x - G(E(x))|.
 """
 
 from collections.abc import Callable

@@ -7,8 +7,9 @@ Original code: samet-akcay/ganomaly (MIT). Same as there: DCGAN networks; the ge
 the discriminator's features, 50 x |x - x_hat|, 1 x squared distance of the codes; a discriminator whose loss collapses
 starts anew; score = mean squared distance of the codes.
 Deviations: input is 256 (there 32, of CIFAR), one channel; scores are raw, where there they are stretched over the test
-set; BatchNorm has its running statistics in tests (there those of each test batch); the last batch of an epoch is not
-dropped, the batches are of equal size within one image. The map, |x - x_hat|, is our extension: the original has none.
+set; images are scored by BatchNorm's running statistics (there by those of each test batch); the last batch of an epoch
+is not dropped, the batches are of equal size within one image. The map, |x - x_hat|, is an extension of the zoo: the
+original has none.
 """
 
 import torch

@@ -5,11 +5,13 @@ then to rebuild the clean image from a corrupted one, so that a defect is painte
 
 THIS IS A RE-INTERPRETATION: neither code nor details of the original are public. Known are the shared encoder, the two
 phases, adversarial training as in GANomaly, and that the second phase has pairs of abnormal and clean images. All else,
-the losses' weights, corruptions and scores, is our choice and an argument. No figure of the paper is claimed for it.
-Deviations: not known, for that reason. Where the set's own Inpainting pairs are not given, the corruptions are made:
-rectangles, strokes, patches of other images, shifts of the image's own content and Perlin noise, with sharp or
-blurred outlines, several to an image. The decoder sees the encoder's finest maps beside the code. That several and this
-were clear gains on the synthetic set's validation half; the other defaults are taste (tests/bench/iad_ablation.py).
+the losses' weights, corruptions and scores, is the zoo's choice and can be set by an argument. No figure of the paper
+is claimed for it.
+Deviations: they can't be listed, as the original's details are not known. Choices of the zoo are: where the set's own
+Inpainting pairs are not given, the corruptions are made, of rectangles, strokes, patches of other images, shifts of the
+image's own content and Perlin noise, with sharp or blurred outlines, several to an image; the decoder sees the
+encoder's finest maps beside the code. Several corruptions to an image and these maps were clear gains on the validation
+half of a synthetic set; the other defaults are a matter of taste.
 """
 
 from concurrent.futures import ThreadPoolExecutor

@@ -7,8 +7,8 @@ No official code is known; the widely used re-implementation is xiahaifeng1995/P
 (Apache-2.0). Same as there: layers of stride 4, 8, 16 joined by nearest upsampling, one random subset of channels,
 covariance with N - 1 plus 0.01 I, map smoothed with sigma 4, image score = its maximum.
 Deviations: moments are summed in one pass, in float64, so that memory does not grow with the number of images and their
-order or sharing among processes does not matter; the inverse is kept as a triangular factor; input is 224 without the
-crop (preset `original` has it).
+order or sharing among processes does not matter; the inverse is kept as a triangular factor; input is 224 without that
+code's centre crop (preset `original` has it).
 """
 
 import logging

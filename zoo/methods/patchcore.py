@@ -8,7 +8,8 @@ stride 8 and 16, adaptively pooled to 1024 values; squared distances; image scor
 before any smoothing; map bilinear, sigma 4. The paper's re-weighting (eq. 7), absent there, is an option.
 Deviations: channels are pooled before the coarser layer is resized (the two steps commute, it is cheaper); the greedy
 coreset is exact and of fixed size, through a bounded working set, so memory does not grow with the number of images
-(`coreset_ratio` and `project_to` give the original's choice); input is 224 without the crop (preset `original` has it).
+(`coreset_ratio` and `project_to` give the original's choice); input is 224 without the original's centre crop (preset
+`original` has it).
 """
 
 from typing import Any, Literal

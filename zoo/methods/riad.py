@@ -8,9 +8,9 @@ Same as in most: U-Net, images in [-1, 1], cells of 2, 4, 8 and 16 pixels, one s
 + MSGMS + SSIM, Adam, rate / 10 after 5/6 of the fit; the map is the mean over all sizes, the score its maximum.
 Deviations: input is 224 (preset `original` has 256); images are grey; the sets are drawn once, there for each batch, so
 that a score depends on nothing but the image; the copies are one batch, with common BatchNorm statistics; MSGMS and
-SSIM see [0, 1], as their constants ask; edges repeat pixels and have means of fewer, where ports put zeros. Two ports
-stop early by the loss of held-out normals: preset `original` keeps, of ten steps, that with their lowest mean map.
-Preset `lite` maps |x - x_hat| (--residual absolute), not MSGMS.
+SSIM see [0, 1], as their constants ask; at the edges pixels are repeated, or means are over fewer of them, where ports
+put zeros. Two ports stop early by the loss of held-out normals: preset `original` keeps, of ten steps, the one of their
+lowest mean map. Preset `lite` maps |x - x_hat| (--residual absolute), not MSGMS.
 """
 
 from itertools import pairwise
