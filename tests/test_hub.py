@@ -180,7 +180,8 @@ def test_another_download_of_the_same_commit_is_not_made(hub, published):
 # ---- cache and offline mode ------------------------------------------------------------------------------------------
 
 
-def test_offline_mode_takes_the_cache_alone(hub, published, fitted, monkeypatch):
+def test_offline_mode_takes_the_cache_alone(hub, published, fitted, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     assert refused(REPO, "not in the hub's cache", local_files_only=True) < 1
     from_pretrained(REPO)
     hub.requests.clear()
@@ -188,6 +189,9 @@ def test_offline_mode_takes_the_cache_alone(hub, published, fitted, monkeypatch)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert same(from_pretrained(REPO), fitted) and not hub.requests
     refused("fab/other", "HF_HUB_OFFLINE.*HF_ENDPOINT.*hf download fab/other.*ORG/NAME@COMMIT")
+    refused(f"{REPO}@v9", f"hf download {REPO} --revision v9 .*; the cache has {REPO}@main.$")
+    Path("fab").mkdir()  # of which a folder may have been meant
+    refused("fab/other", "There is no folder fab/other, and as a repository: ")
 
 
 def test_cache_of_the_hubs_own_tools_is_taken(hub, published, fitted, tmp_path):

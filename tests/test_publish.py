@@ -290,6 +290,31 @@ def test_private_stays_private(hub, folder):
     assert not hub.paths("POST")
 
 
+def test_a_model_of_another_method_is_not_replaced(hub, folder, capsys):
+    for config, words in ((b'{"method": "padim"}', "a model of padim"), (b'{"model_type": "bert"}', "something else")):
+        hub.edit(REPO, {"config.json": config})
+        with pytest.raises(ZooError, match=f"holds {words}.*--replace"):
+            publish(folder, REPO)
+        assert hub.files(REPO)["config.json"] == config
+    assert main(["publish", "wafers", "--to", REPO, "--replace"]) == 0
+    assert from_pretrained(REPO).method == "patchcore"
+    assert "public)" in capsys.readouterr().out
+
+
+def test_a_model_that_has_learned_nothing_is_not_published(hub):
+    from zoo import create_model
+
+    with pytest.raises(ZooError, match="has learned nothing yet; fit it first"):
+        create_model("patchcore", "lite").push_to_hub(REPO)
+    assert not hub.requests
+
+
+def test_branches_are_no_tags(hub, folder):
+    publish(folder, REPO)
+    with pytest.raises(ZooError, match="main is a branch"):
+        publish(folder, REPO, tag="main")
+
+
 def test_tags_are_not_moved(hub, folder, tmp_path):
     first = publish(folder, REPO, tag="v1")
     assert HfApi().list_repo_refs(REPO).tags[0].target_commit == first.commit
@@ -340,9 +365,11 @@ def test_list_of_the_namespace_with_figures(hub, folder, monkeypatch, capsys):
     assert main(["list", "--remote"]) == 0
     out = capsys.readouterr().out
     assert "wafers" in out and f"{record['metrics']['image_auroc']:.4f}" in out and "methods" not in out
+    assert main(["list", "fab/*"]) == 2 and "zoo list 'fab/*' --remote" in capsys.readouterr().err
     hub.close()
-    with pytest.raises(ZooError, match="can't be asked"):
+    with pytest.raises(ZooError, match="can't be asked.*refused"):
         list_models(remote=True)
+    assert not capsys.readouterr().err
 
 
 # ---- what goes wrong -------------------------------------------------------------------------------------------------
@@ -359,7 +386,7 @@ def test_without_the_right_to_write(hub, folder, token, words, monkeypatch):
     files = hub.files(REPO)
     hub.edit(REPO, {"config.json": b"{}"})
     with pytest.raises(ZooError, match=words):
-        publish(folder, REPO, token=token)
+        publish(folder, REPO, token=token, replace=True)
     assert hub.files(REPO)["config.json"] == b"{}" and files["results.json"] == hub.files(REPO)["results.json"]
 
 
@@ -431,7 +458,7 @@ def test_options(hub, folder, capsys):
     assert main(["publish", "wafers", "--to", REPO, "--private", "--tag", "v1", "--message", "First"]) == 0
     out = capsys.readouterr().out
     assert REPO in out and "tag v1" in out and hub.repos[f"models/{REPO}"]["private"]
-    assert main(["publish", "wafers", "--to", REPO]) == 0 and "nothing new" in capsys.readouterr().out
+    assert main(["publish", "wafers", "--to", REPO]) == 0 and "has all of it already" in capsys.readouterr().out
 
 
 def test_hub_that_has_no_xet(hub, folder, tmp_path):

@@ -243,7 +243,9 @@ def _about_metrics(record: dict[str, Any]) -> str:
     said = [
         "ROC is the area under the ROC curve, PR average precision.",
         "F1 is the maximum over all thresholds, chosen on the evaluated images themselves: an upper bound.",
-        "PRO is the exact area under the curve up to a false positive rate of 0.3." if "pixel_aupro" in keys else "",
+        "PRO is the exact area under the curve up to a false positive rate of 0.3."
+        if "pixel_aupro" in keys
+        else "There were no masks, so how well its map places defects was not measured.",
     ]
     if "image_f1_at_val" in keys:
         said.append(

@@ -126,6 +126,8 @@ def list_(argv: list[str]) -> None:
         screen.print(models)
     elif options.remote:
         print(f"No model on the hub matches {pattern!r}.")
+    elif "/" in pattern:
+        raise ZooError(f"Names of the local registry have no '/'; those of the hub: zoo list {pattern!r} --remote.")
     else:
         print(f"No model matches {pattern!r} in {hub.registry()}; train one: zoo fit METHOD --data DATA.")
 

@@ -21,6 +21,7 @@ def publish(argv: list[str]) -> None:
     parser.add_argument("--message", type=str | None, default=None, help="of the commit")
     parser.add_argument("--data-names", action="store_true", help="name folders of images, which are private else")
     parser.add_argument("--overwrite-card", action="store_true", help="replace a card that was edited on the hub")
+    parser.add_argument("--replace", action="store_true", help="take the place of a model of another method")
     options = parse(parser, argv)
     from zoo.publish import check_target
     from zoo.publish import publish as run
@@ -38,16 +39,19 @@ def publish(argv: list[str]) -> None:
         commit_message=options.message,
         data_names=options.data_names,
         overwrite_card=options.overwrite_card,
+        replace=options.replace,
         say=print,
     )
     about = checkpoint.read_json(folder / checkpoint.RECORD).get("train_data", {})
     if terms := about.get("terms") or terms_of(about.get("name", "")):
         print(f"Terms of the data that it was learned from: {terms}")
-    what = ", ".join(done.uploaded) or "nothing new: it has all of this already"
-    print(
-        f"Uploaded to {done.url}: {what} (commit {done.commit[:7]}{f', tag {options.tag}' * bool(options.tag)}).\n"
-        f'Next: python -c "import zoo; zoo.from_pretrained({options.to!r})"'
+    who = "private" if done.private else "public"
+    about = f"commit {done.commit[:7]}{f', tag {options.tag}' * bool(options.tag)}, {who}"
+    said = (
+        f"Uploaded to {done.url}: {', '.join(done.uploaded)}" if done.uploaded else f"{done.url} has all of it already"
     )
+    name = f"{options.to}@{options.tag}" if options.tag else options.to
+    print(f"{said} ({about}).\nNext: python -c \"import zoo; zoo.from_pretrained('{name}')\"")
 
 
 def release(argv: list[str]) -> None:

@@ -132,9 +132,14 @@ def find_model(name: str | Path, revision: str | None = None, **how: Any) -> Pat
     text, _, pinned = text.partition("@")
     revision = revision or pinned or None
     if isinstance(name, str) and REPO.fullmatch(text):
-        return _fetched(text, revision, **how)
+        try:
+            return _fetched(text, revision, **how)
+        except ZooError as error:
+            if folder.parent.is_dir():  # it may have been meant
+                raise ZooError(f"There is no folder {text}, and as a repository: {error}") from error
+            raise
     if isinstance(name, Path) or "/" in text or os.sep in text:
-        raise ZooError(f"There is no model folder {name}.")
+        raise ZooError(f"There is no model folder {name}; a repository on the hub is named as ORG/NAME.")
     place = model_place(text)
     if place.is_dir():
         return _unpinned(place, revision, f"{text} is a model of the local registry")

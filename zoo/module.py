@@ -426,6 +426,7 @@ class AnomalyModule(LearningModule):
         tag: str | None = None,
         data_names: bool = False,
         overwrite_card: bool = False,
+        replace: bool = False,
     ) -> Any:
         """Publish the model, as it is in memory and with its record, to a repository `ORG/NAME` on the hub.
 
@@ -436,7 +437,8 @@ class AnomalyModule(LearningModule):
         how = {"private": private, "token": token, "branch": branch, "tag": tag, "commit_message": commit_message}
         with tempfile.TemporaryDirectory() as place:
             folder = self.save_pretrained(Path(place) / "model", private=self._known_images())
-            return publish(folder, repo_id, data_names=data_names, overwrite_card=overwrite_card, **how)
+            how |= {"data_names": data_names, "overwrite_card": overwrite_card, "replace": replace}
+            return publish(folder, repo_id, **how)
 
     def _known_images(self) -> dict[str, str]:
         """What its folder notes of images by name, none of which may be published."""

@@ -27,6 +27,7 @@ from zoo.cards import render_card
 from zoo.checkpoint import CARD, CONFIG, RECORD, WEIGHTS
 from zoo.errors import ZooError
 from zoo.hub import REPO
+from zoo.methods import METHODS
 
 EVALUATION = ".eval_results/zoo.yaml"
 PUBLIC = (WEIGHTS, CONFIG, CARD, RECORD, EVALUATION)
@@ -45,11 +46,12 @@ log = logging.getLogger(__name__)
 
 
 class Published(NamedTuple):
-    """Where a model is on the hub: page, commit, and the files that were uploaded (none: it had them already)."""
+    """Where a model is on the hub: page, commit, the files that were uploaded (none: it had them), who sees it."""
 
     url: str
     commit: str
     uploaded: list[str]
+    private: bool
 
 
 def stage(
@@ -73,6 +75,8 @@ def stage(
     """
     folder, out = Path(folder), Path(out)
     config, record = checkpoint.read_config(folder), checkpoint.read_json(folder / RECORD)
+    if any(0 in shape for shape in config["learned"].values()):
+        raise ZooError(f"The {config['method']} in {folder} has learned nothing yet; fit it first.")
     checkpoint.read_header(folder / WEIGHTS)
     checkpoint.check_weights(folder, config)
     checkpoint.check_place(out)
@@ -104,6 +108,7 @@ def publish(
     commit_message: str | None = None,
     data_names: bool = False,
     overwrite_card: bool = False,
+    replace: bool = False,
     say: Callable[[str], None] = log.warning,
 ) -> Published:
     """Put a model into a repository on the hub, which is made where there is none; the same content is put there once.
@@ -118,10 +123,12 @@ def publish(
         commit_message: its first line; None: "Publish METHOD".
         data_names: see `stage`.
         overwrite_card: replace a card that was edited on the hub; else it is kept.
+        replace: take the place of a model of another method, or of something else; else that is refused.
         say: is told what the user did not ask for.
 
     Raises:
-        ZooError: no such model, no answer, no right to write, a repository that is public already or has the tag;
+        ZooError: no such model, or one that has learned nothing; no answer, no right to write; a repository that is
+            public already, has the tag, or holds something else;
             something private in what would be published. Nothing is uploaded then, unless it is the tag alone that the
             hub refuses.
     """
@@ -133,16 +140,17 @@ def publish(
         hub = _Hub(repo, token, branch)
         staged = stage(folder, Path(place) / "model", repo, data_names, cache(is_open))
         hub.open(private)
+        if not replace:
+            hub.check_same(checkpoint.read_config(staged)["method"], Path(place))
         if _was_edited_here(Path(folder)):
             say(f"The card in {folder} is not that of its record, or of an older zoo; published is that of its record.")
         files = {name: staged / name for name in PUBLIC if (staged / name).is_file()}
-        if CARD in hub.files and not overwrite_card and is_edited(text := hub.card(Path(place))):
+        if CARD in hub.files and not overwrite_card and is_edited(hub.text(CARD, Path(place))):
             del files[CARD]
-            if text != (staged / CARD).read_text(encoding="utf-8"):
-                say(
-                    f"The card of {repo} was edited on the hub and is kept, so its figures may be those of other "
-                    "weights; --overwrite-card (overwrite_card=True) replaces it."
-                )
+            say(
+                f"The card of {repo} was edited on the hub and is kept: what it says may be of other weights or "
+                "another threshold; --overwrite-card (overwrite_card=True) replaces it."
+            )
         changed = [name for name, path in files.items() if not hub.has(name, path)]
         stale = [EVALUATION] if EVALUATION in hub.files and EVALUATION not in files else []
         hub.check_tag(tag, bool(changed or stale))
@@ -150,7 +158,7 @@ def publish(
             method = checkpoint.read_config(staged)["method"]
             hub.commit({name: files[name] for name in changed}, stale, commit_message or f"Publish {method}")
         hub.tag(tag)
-        return Published(f"{hub.endpoint}/{repo}", hub.head, changed)
+        return Published(f"{hub.endpoint}/{repo}", hub.head, changed, hub.private)
 
 
 def check_target(repo: str, tag: str | None = None) -> None:
@@ -230,6 +238,7 @@ class _Hub:
     Attributes:
         head: commit of the branch.
         files: SHA-256, or git's SHA-1, of each public file that it has.
+        private: whether its owners alone see it.
     """
 
     def __init__(self, repo: str, token: str | bool | None, branch: str | None):
@@ -238,7 +247,7 @@ class _Hub:
         if constants.HF_HUB_OFFLINE:
             raise ZooError(f"{repo} can't be published to in offline mode; unset HF_HUB_OFFLINE.")
         self.repo, self.api, self.endpoint = repo, HfApi(token=token), constants.ENDPOINT
-        self.branch, self.head, self.files = branch, "", {}
+        self.branch, self.head, self.files, self.private = branch, "", {}, False
 
     def open(self, private: bool | None) -> None:
         """Look at the repository, or make it."""
@@ -257,14 +266,30 @@ class _Hub:
             info = self.api.model_info(self.repo, revision=self.branch)
         if private and not info.private:
             raise ZooError(f"{self.repo} is public; make it private on its page first, or publish to another one.")
-        self.head = info.sha
+        self.head, self.private = info.sha, bool(info.private)
         found = self.api.list_repo_tree(self.repo, recursive=True, revision=self.head)
         ours = [file for file in found if isinstance(file, RepoFile) and file.path in PUBLIC]
         self.files = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in ours}
 
-    def card(self, place: Path) -> str:
-        path = self.api.hf_hub_download(self.repo, CARD, revision=self.head, cache_dir=place / "cache")
+    def text(self, name: str, place: Path) -> str:
+        """A file of the repository."""
+        path = self.api.hf_hub_download(self.repo, name, revision=self.head, cache_dir=place / "cache")
         return Path(path).read_text(encoding="utf-8", errors="replace")
+
+    def check_same(self, method: str, place: Path) -> None:
+        """Raises ZooError where the repository holds something else than a model of this method."""
+        if CONFIG not in self.files:
+            return
+        try:
+            held = json.loads(self.text(CONFIG, place))["method"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            held = None
+        if held != method:
+            what = f"a model of {held}" if held in METHODS else "something else than a model of the zoo"
+            raise ZooError(
+                f"{self.repo} holds {what}, and this is one of {method}: publish to another repository, or take its "
+                "place by --replace (replace=True)."
+            )
 
     def has(self, name: str, path: Path) -> bool:
         """Whether it has a file with this content, by SHA-256 (large files) or as git names it."""
@@ -275,16 +300,23 @@ class _Hub:
         return known == hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
     def check_tag(self, tag: str | None, will_change: bool) -> None:
-        known = {ref.name: ref.target_commit for ref in self.api.list_repo_refs(self.repo).tags} if tag else {}
+        refs = self.api.list_repo_refs(self.repo) if tag else None
+        known = {ref.name: ref.target_commit for ref in refs.tags} if refs else {}
+        if refs and tag in [ref.name for ref in refs.branches]:
+            raise ZooError(f"{tag} is a branch of {self.repo}; give the tag another name.")
         if tag in known and (will_change or known[tag] != self.head):
             raise ZooError(f"{self.repo} has a tag {tag} already, at commit {known[tag][:7]}; take another one.")
 
     def commit(self, files: dict[str, Path], stale: list[str], message: str) -> None:
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+        from zoo.remote import without_bars
+
         with ExitStack() as stack:
             add = [CommitOperationAdd(name, self._content(path, stack)) for name, path in files.items()]
             operations = [*add, *map(CommitOperationDelete, stale)]
+            if WEIGHTS not in files:
+                stack.enter_context(without_bars())
             where = {"revision": self.branch, "parent_commit": self.head}
             done = self.api.create_commit(self.repo, operations, commit_message=message, **where)
         self.head = done.oid

@@ -123,6 +123,8 @@ def check_release(release: Release, say: Callable[[str], None]) -> dict[str, str
     """
     if launched()[1] > 1:
         raise ZooError("zoo release is started without torchrun or srun; --devices N shares each of its runs.")
+    if "/" in release.org:
+        raise ZooError(f"--to is a user or an organisation on the hub, such as ORG, not {release.org}.")
     plan, spec = release.plan, check_data(release.plan.data)
     check_rate(release.rate)
     methods = list(dict.fromkeys(map(method_id, plan.methods)))

@@ -17,8 +17,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import HfApi, ModelCard, constants, errors, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    get_session,
+    validate_repo_id,
+)
 from huggingface_hub.utils import logging as client_log
-from huggingface_hub.utils import validate_repo_id
 
 from zoo.checkpoint import CARD, CONFIG, LARGEST, RECORD, WEIGHTS, read_config, write_text
 from zoo.errors import ZooError
@@ -74,7 +80,7 @@ def fetch(
     if local_files_only or constants.HF_HUB_OFFLINE:
         if cached:
             return cached
-        raise ZooError(_not_at_hand(repo, revision, "HF_HUB_OFFLINE or local_files_only is set"))
+        raise ZooError(_not_at_hand(cache, revision, "HF_HUB_OFFLINE or local_files_only is set"))
     try:
         listing = within(PATIENCE, lambda: _ask(repo, revision, token))
     except SAYS_NO as error:
@@ -84,7 +90,7 @@ def fetch(
         return cached
     except (errors.HTTPError, ValueError, TypeError, KeyError, OSError) as error:
         if not cached:
-            raise ZooError(_not_at_hand(repo, revision, reason(error))) from error
+            raise ZooError(_not_at_hand(cache, revision, reason(error))) from error
         log.warning("%s: %s; taken is the cached copy of commit %s.", repo, reason(error), cached.name[:7])
         return cached
     place = cache.snapshot(listing.commit)
@@ -99,7 +105,8 @@ class _Cache:
     """A model's place in the cache of the hub's client, as it is laid out there."""
 
     def __init__(self, repo: str, root: Path):
-        self.root, self.place = root, root / f"models--{repo.replace('/', '--')}"
+        self.repo, self.root = repo, root
+        self.place = root / f"models--{repo.replace('/', '--')}"
 
     def snapshot(self, commit: str) -> Path:
         return self.place / "snapshots" / commit
@@ -120,6 +127,13 @@ class _Cache:
         # Another tool that fetched one file of a newer commit has moved the note of the main branch there.
         whole = [each for each in (self.place / "snapshots").glob("*") if self.is_whole(each)]
         return max(whole, key=lambda each: each.stat().st_mtime, default=None)
+
+    def revisions(self) -> list[str]:
+        """Branches, tags and commits of which it has all."""
+        refs = sorted(path for path in (self.place / "refs").rglob("*") if path.is_file())
+        named = {path.relative_to(self.place / "refs").as_posix(): path.read_text(encoding="utf-8") for path in refs}
+        whole = [each.name for each in (self.place / "snapshots").glob("*") if self.is_whole(each)]
+        return [name for name, commit in named.items() if commit in whole] or sorted(whole)
 
     def note(self, revision: str | None, commit: str) -> None:
         """Keep in mind what a branch or tag stands for, as the client does."""
@@ -204,16 +218,18 @@ def _download(repo: str, listing: Listing, token: str | bool | None, cache: _Cac
 # ---- what is said ----------------------------------------------------------------------------------------------------
 
 
-def _not_at_hand(repo: str, revision: str | None, reason: str) -> str:
-    at = f"{repo}@{revision}" if revision else repo
+def _not_at_hand(cache: _Cache, revision: str | None, reason: str) -> str:
+    repo, known = cache.repo, cache.revisions()
+    at, which = (f"{repo}@{revision}", f" --revision {revision}") if revision else (repo, "")
     if reason.endswith(("401", "403")):
         return (
             f"{constants.ENDPOINT} refuses the token ({reason}); to get {at}, log in (hf auth login) or set HF_TOKEN."
         )
     return (
         f"{at} is not in the hub's cache, and {constants.ENDPOINT} can't be asked ({reason}): connect once, name a "
-        f"mirror by HF_ENDPOINT, or copy its folder from elsewhere (hf download {repo} --local-dir FOLDER) and give "
-        "FOLDER; a revision (ORG/NAME@COMMIT) pins what was fetched once, and is not asked for again."
+        f"mirror by HF_ENDPOINT, or copy its folder from elsewhere (hf download {repo}{which} --local-dir FOLDER) and "
+        "give FOLDER; a commit (ORG/NAME@COMMIT) pins what was fetched once, and is not asked for again"
+        + (f"; the cache has {repo}@{', @'.join(known)}." if known else ".")
     )
 
 
@@ -264,8 +280,12 @@ def cards_of(namespace: str, token: str | bool | None = None) -> list[Card]:
         cards = [(info.id, info.card_data or _metadata(info.id, token)) for info in found]
         return [_card(repo, data) for repo, data in cards if data and data.get("library_name") == LIBRARY]
 
+    def answers() -> None:  # without the retries that a list makes
+        get_session().get(f"{constants.ENDPOINT}/api/models", params={"author": namespace, "limit": 1}, timeout=TIMEOUT)
+
     try:
         with quiet():
+            within(PATIENCE, answers)
             return sorted(within(2 * PATIENCE, ask), key=lambda card: card.repo)
     except (errors.HTTPError, ValueError, TypeError, OSError) as error:
         raise ZooError(f"{constants.ENDPOINT} can't be asked what {namespace} has ({reason(error)}).") from error
@@ -303,6 +323,18 @@ def is_open(data: str) -> bool:
         return not constants.HF_HUB_OFFLINE and not within(PATIENCE, ask).private
     except (errors.HTTPError, ValueError, OSError):  # a name that is told by mistake can't be taken back
         return False
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without the progress bars of the hub's client."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 @contextmanager

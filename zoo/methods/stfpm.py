@@ -6,9 +6,10 @@ images only. Where an image is anomalous the student has never learned to follow
 Original code: gdwang08/STFPM (GPL-3.0; not a line of it was used). Same as there: features of three layers, normalised
 along the channels; loss = sum over layers of the mean squared distance, without the paper's factor 1/2; map = product
 over layers of their squared distances, at the first layer's size; image score = the map's maximum; SGD with rate 0.4.
-Deviations: input is 224 (preset `original` has 256); the last step is kept. The original's rule, the lowest mean map of
-held-out normals, is in preset `original`: on a tenth (at least 20) of them instead of a fifth, ten times a fit instead
-of each epoch. The batches of an epoch are of equal size, within one image; the map is brought to the image's own size.
+Deviations: input is 224 (preset `original` has 256); the last step is kept by default. The original's rule, the lowest
+mean map of held-out normals, is in preset `original`: on a tenth (at least 20) of them instead of a fifth, ten times a
+fit instead of each epoch. The batches of an epoch are of equal size, within one image; the map is brought to the
+image's own size.
 """
 
 from math import prod
