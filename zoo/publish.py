@@ -64,7 +64,7 @@ def stage(
         ZooError: damaged weights; a place of this machine or the name of an image in what would be public.
     """
     folder, out = Path(folder), Path(out)
-    config, record = checkpoint.read_config(folder), checkpoint.read_json(folder / RECORD)
+    config, record = checkpoint.read_config(folder), checkpoint.read_record(folder)
     checkpoint.read_header(folder / WEIGHTS)
     checkpoint.check_weights(folder, config)
     checkpoint.check_place(out)
