@@ -274,14 +274,10 @@ def check_record(record: dict[str, Any], what: str = "The record") -> None:
     """Raises ZooError for a record that a card can't be made of."""
     wrong = misfit(record, Record)
     if wrong is None:
-        lacking = (
-            (key, need) for key, needs in NEEDS.items() for need in needs if record.get(key) and need not in record
-        )
-        wrong = next((f"{need}, which {key} needs," for key, need in lacking), None)
+        wrong = next((need for key, needs in NEEDS.items() if record.get(key) for need in needs - record.keys()), None)
     if wrong is not None:
-        raise ZooError(
-            f"{what} is no record of the zoo: {quoted(wrong)} is missing or of the wrong kind; fetch it anew."
-        )
+        text = f"{what} is no record of the zoo: {quoted(wrong)} is missing or of the wrong kind"
+        raise ZooError(f"{text}; fetch or save the model anew.")
 
 
 def _read_object(path: Path) -> dict[str, Any]:

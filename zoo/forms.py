@@ -165,7 +165,8 @@ class Record(TypedDict, total=False):
     date: str
 
 
-NEEDS = {"metrics": ("method", "test_data"), "readings": ("metrics", "protocol"), "seeds": ("metrics", "seed")}
+# What has to be there where something else is.
+NEEDS = {"metrics": {"method", "test_data"}, "readings": {"metrics", "protocol"}, "seeds": {"metrics", "seed"}}
 
 
 def parse(text: str) -> Any:
@@ -208,8 +209,8 @@ def misfit(value: Any, kind: Any) -> str | None:
     """Where a JSON value is not of an annotated type, such as "test_data.name"; None where it is.
 
     Args:
-        kind: a type, `list`, `tuple`, `dict[str, ...]`, `Literal`, a union, or a `TypedDict`, beside whose keys there may
-            be others. Lists and tuples are the same, and an int is a float.
+        kind: a type, `list`, `tuple`, `dict[str, ...]`, `Literal`, a union, or a `TypedDict`, beside whose keys there
+            may be others. Lists and tuples are the same, and an int is a float.
     """
     path = _misfit(value, kind)
     return None if path is None else ".".join(map(str, path)) or "it"
@@ -227,6 +228,8 @@ def _misfit(value: Any, kind: Any) -> tuple[Any, ...] | None:
     if origin in (list, tuple):
         if not isinstance(value, list | tuple):
             return ()
+        if all(type(each) is of[0] for each in value) and origin is list:  # thousands of scores, again and again
+            return None
         of = of[:1] * len(value) if origin is list or of[-1] is ... else of
         return _first(zip(range(len(of)), value, of, strict=True)) if len(value) == len(of) else ()
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
