@@ -119,8 +119,10 @@ def stored(values: dict[str, Any]) -> Calibration:
         ValueError: unknown or missing keys, values that no calibration gives.
     """
     known = {each.name: each.default is MISSING and each.default_factory is MISSING for each in fields(Calibration)}
-    if wrong := [key for key in values.keys() | known if key not in known or (known[key] and key not in values)]:
-        raise ValueError(f"calibration {quoted(min(wrong))} is {'missing' if min(wrong) in known else 'unknown'}")
+    if unknown := values.keys() - known:
+        raise ValueError(f"calibration {quoted(min(unknown))} is unknown")
+    if missing := [name for name, is_needed in known.items() if is_needed and name not in values]:
+        raise ValueError(f"calibration {missing[0]!r} is missing")
     return Calibration(**values)
 
 
