@@ -13,7 +13,7 @@ import shutil
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
 from zoo.forms import NEEDS, Backbone, Precision, Preprocessing, Record, Selection, misfit, parse, quoted
@@ -32,7 +32,7 @@ LAST = Path("private", "last.safetensors")  # what training changes, as of its l
 KEYS = {
     "format_version": int,
     "zoo_version": str,
-    "method": Literal[*METHODS],
+    "method": str,
     "preset": str | None,
     "arguments": dict,
     "preprocessing": dict,
@@ -227,10 +227,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise ZooError(f"{path} has no format version of the zoo, but {quoted(version)}; fetch or save the model anew.")
     wrong = [key for key in config.keys() | KEYS if not _is_understood(key, config)]
     if wrong:
-        key = min(wrong)
-        if key == "method" and isinstance(config.get(key), str):
-            raise ZooError(f"{path}: there is no method {quoted(config[key])}; install a newer zoo, or fetch it anew.")
-        raise ZooError(f"{path} is not understood: {quoted(key)} is missing, unknown or of the wrong kind.")
+        raise ZooError(f"{path} is not understood: {quoted(min(wrong))} is missing, unknown or of the wrong kind.")
+    if config["method"] not in METHODS:
+        raise ZooError(f"{path}: there is no method {quoted(config['method'])}; install a newer zoo, or fetch it anew.")
     if not re.fullmatch("[0-9a-f]{64}", config["weights_sha256"]):
         raise ZooError(f"{path} is not understood: weights_sha256 is no SHA-256 in 64 hexadecimal digits.")
     _check_parts(config, path)

@@ -360,10 +360,8 @@ class AnomalyModule(LearningModule):
         given = config["preprocessing"]
         own = {key: value for key, value in self.config()["preprocessing"].items() if key not in _VIEW}
         if other := [key for key in given.keys() - _VIEW | own.keys() if given.get(key) != own.get(key)]:
-            text = (
-                f"preprocessing {quoted(min(other))} is missing, unknown, or not that of the method and its arguments"
-            )
-            raise ValueError(text)
+            what = f"preprocessing {quoted(min(other))}"
+            raise ValueError(f"{what} is missing, unknown, or not that of the method and its arguments")
         self.view = View.stored(given)
         self.preset, self.precision, self.selection = config["preset"], config["precision"], config.get("selection")
         self.calibration = None if config["calibration"] is None else stored(config["calibration"])
