@@ -246,10 +246,11 @@ def _members(value: dict[str, Any], kind: Any) -> Iterable[tuple[Any, Any, Any]]
     if not is_typeddict(kind):
         return ((key, each, get_args(kind)[1]) for key, each in value.items())
     known = get_type_hints(kind).items()
-    return ((key, value.get(key), of) for key, of in known if key in value or key in kind.__required_keys__)
+    missing = ...  # is of no type
+    return ((key, value.get(key, missing), of) for key, of in known if key in value or key in kind.__required_keys__)
 
 
 def quoted(value: Any) -> str:
     """A text from anywhere, as it may stand in a sentence."""
     text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if len(text) <= 60 else f"{text[:59]}…"
