@@ -124,7 +124,8 @@ def test_a_record_of_another_form(folder, tmp_path, capsys, text):
     with pytest.raises(ZooError) as error:
         stage(folder, tmp_path / "staged")
     sentence(error, "results.json")
-    folder.rename(model_place("odd").parent.mkdir(parents=True) or model_place("odd"))  # as one imported before
+    model_place("odd").parent.mkdir(parents=True, exist_ok=True)
+    folder.rename(model_place("odd"))  # as if it had been imported before
     (found,) = list_models()
     assert found == "odd" and found.error and found.metrics == {}
     assert main(["list"]) == 0 and "\x1b[2J" not in capsys.readouterr().out

@@ -76,8 +76,8 @@ class View:
             raise ZooError(f"--tile is at least {LEAST_TILE} pixels, not {self.tile}.")
         if self.tile and (self.crop or self.resize):
             raise ZooError("--tile doesn't go with resized or cropped images; take another preset than original.")
-        if not all(1 <= side <= LARGEST for side in (self.resize or 1, self.crop or 1)):
-            raise ZooError(f"--resize and --crop are at most {LARGEST} pixels, not {self.resize} and {self.crop}.")
+        if not all(side is None or 1 <= side <= LARGEST for side in (self.resize, self.crop)):
+            raise ZooError(f"--resize and --crop are 1 to {LARGEST} pixels, not {self.resize} and {self.crop}.")
         if not all(0 <= rows < height and width > 0 for height, width, rows in self.bars):
             raise ZooError("An info bar is lower than its image.")
         if (self.low is None) != (self.high is None) or (self.low is not None and not self.low < self.high < math.inf):
