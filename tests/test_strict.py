@@ -271,6 +271,15 @@ def test_no_method_builds_what_is_large_before_it_is_refused(method, tmp_path):
             assert time.monotonic() - start < 20, key
 
 
+def test_weights_of_another_size_are_not_imported(folder):
+    change(folder, "arguments", "input_size", to=96)
+    change(folder, "preprocessing", "input_size", to=[96, 96])
+    with pytest.raises(ZooError) as error:
+        import_models(str(folder), False, print)
+    sentence(error, str(folder), "can't score an image")
+    assert not model_place("model").exists()
+
+
 def test_names_of_tensors_are_quoted(folder):
     path = folder / "model.safetensors"
     save_file(load_file(path) | {"\x1b[2J" + "x" * 1000: torch.zeros(1)}, path)
