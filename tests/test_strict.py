@@ -255,7 +255,7 @@ def test_a_network_of_endless_parts(mvtec, tmp_path):
     change(folder, "arguments", "flow_steps", to=10**6)
     refused(folder, "more than 8,000 parts")
     change(folder, "arguments", "flow_steps", to=10**7)
-    refused(folder, "--flow-steps")
+    refused(folder, "'flow_steps'")
 
 
 @pytest.mark.parametrize("method", list_methods())

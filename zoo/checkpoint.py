@@ -123,7 +123,8 @@ def load(folder: str | Path, build: Callable[[dict[str, Any]], "nn.Module"]) -> 
         module = build(config)
     expected = {name: _described(tensor) for name, tensor in module.state_dict().items()}
     if other := config["learned"].keys() - set(learned_buffers(module)):
-        raise ZooError(f"{folder / CONFIG} is not understood: nothing of {config['method']} is {quoted(min(other))}.")
+        what = f"no tensor of {config['method']} whose shape is learned is {quoted(min(other))}"
+        raise ZooError(f"{folder / CONFIG} is not understood ({what}); fetch it anew, or install a newer zoo.")
     for name, shape in config["learned"].items():  # a size that is learned is 0 in an untrained module
         kind, sizes = expected.get(name, ("", []))
         if len(shape) == len(sizes):
@@ -224,7 +225,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         found = quoted(version)
         raise ZooError(f"{path} has format version {found}, newer than {FORMAT_VERSION}; install a newer zoo.")
     if type(version) is not int or version < 1:
-        raise ZooError(f"{path} has no format version of the zoo, but {quoted(version)}; fetch or save the model anew.")
+        found = f"{quoted(version)} is no format version" if "format_version" in config else "no format version"
+        raise ZooError(f"{path} is damaged or no configuration of the zoo ({found}); fetch or save the model anew.")
     wrong = [key for key in config.keys() | KEYS if not _is_understood(key, config)]
     if wrong:
         raise ZooError(f"{path} is not understood: {quoted(min(wrong))} is missing, unknown or of the wrong kind.")
@@ -289,7 +291,8 @@ def _read_object(path: Path) -> dict[str, Any]:
             raise ValueError("no JSON object")
         return value
     except (ValueError, OSError) as error:
-        raise ZooError(f"{path} is damaged or not the zoo's ({error}); fetch or save the model anew.") from error
+        what = "configuration" if path.name == CONFIG else "record"
+        raise ZooError(f"{path} is damaged or no {what} of the zoo ({error}); fetch or save the model anew.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:

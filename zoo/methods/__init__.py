@@ -126,9 +126,9 @@ def _check_limits(arguments: dict[str, Any]) -> None:
         most = limits.get(key, MOST)
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, int | float) and not abs(number) <= most:
-                raise ZooError(f"--{key.replace('_', '-')} is a number of at most {most:,}, not {quoted(number)}.")
+                raise ZooError(f"The argument {key!r} takes numbers up to {most:,}, not {quoted(number)}.")
         if isinstance(value, list) and len(value) > LONGEST:
-            raise ZooError(f"--{key.replace('_', '-')} has at most {LONGEST} values, not {len(value):,}.")
+            raise ZooError(f"The argument {key!r} takes up to {LONGEST} values, not {len(value):,}.")
 
 
 def presets(name: str, preset: str) -> dict[str, dict[str, Any]]:
