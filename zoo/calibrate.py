@@ -130,7 +130,7 @@ def store_calibration(
     """
     config = checkpoint.read_config(folder) | {"calibration": found.to_dict(), "precision": found.precision}
     config["preprocessing"] |= asdict(view) if view else {}
-    result = checkpoint.read_json(folder / checkpoint.RECORD) | {"calibration": about}
+    result = checkpoint.read_record(folder) | {"calibration": about}
     checkpoint.write_text(folder / checkpoint.CONFIG, checkpoint.dump(config))
     checkpoint.write_text(folder / checkpoint.RECORD, checkpoint.dump(result))
     checkpoint.write_text(folder / checkpoint.CARD, render_card(config, result))
@@ -146,7 +146,7 @@ def change_rate(folder: Path, rate: float) -> Calibration:
         ZooError: it was never calibrated; a rate that its normals can't support.
     """
     found = restored(checkpoint.read_config(folder)["calibration"]).at_rate(check_rate(rate))
-    about = checkpoint.read_json(folder / checkpoint.RECORD).get("calibration", {})
+    about = checkpoint.read_record(folder).get("calibration", {})
     store_calibration(folder, found, about and about | _stated(found))
     return found
 
@@ -237,7 +237,7 @@ def _is_first(content: str, taken: set[str]) -> bool:
 
 def _is_own(spec: DataSpec, folder: Path) -> bool:
     """Whether a model was fitted on this data, or another form of it."""
-    about = checkpoint.read_json(folder / checkpoint.RECORD).get("train_data", {})
+    about = checkpoint.read_record(folder).get("train_data", {})
     return bool({about.get("fingerprint"), about.get("origin")} & {spec.fingerprint, spec.origin})
 
 

@@ -10,12 +10,15 @@ differ: of copies, pixel by pixel, one counts.
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from functools import cache
+from typing import Any, get_type_hints
 
 from zoo.errors import ZooError
+from zoo.forms import Precision, misfit, quoted
 
 CONFIDENCE = 0.95  # that the true rate is at most the stated one
+FLOAT32_MAX = 3.4028234663852886e38  # maps are float32
 
 
 class TooFewNormals(ZooError):
@@ -53,16 +56,23 @@ class Calibration:
     confidence: float = CONFIDENCE
     levels: list[float] = field(default_factory=list)
     min_area: int = 1
-    precision: str | None = None
-    sizes: list[list[int]] = field(default_factory=list)
+    precision: Precision | None = None
+    sizes: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self):
+        for name, kind in _kinds().items():
+            if wrong := misfit(getattr(self, name), kind):
+                raise ValueError(f"{name} is of the wrong kind{f' ({wrong})' * (wrong != 'it')}")
         numbers = [*self.scores, *self.levels, self.image_threshold, self.pixel_threshold, self.pixel_median]
-        if not all(map(math.isfinite, numbers)):
-            raise ValueError("a score, level or threshold that is not finite")
+        if not all(-FLOAT32_MAX <= number < FLOAT32_MAX for number in numbers):
+            raise ValueError("a score, level or threshold that is not finite or beyond float32")
         if self.scores != sorted(self.scores) or self.levels != sorted(self.levels):
             raise ValueError("scores and levels are ascending")
-        if self.calibrated and (self.false_alarm_rate is None or len(self.levels) != len(self.scores)):
+        if not (0 < self.confidence < 1 and 0 < (0.5 if self.false_alarm_rate is None else self.false_alarm_rate) < 1):
+            raise ValueError("false_alarm_rate and confidence are shares between 0 and 1")
+        if self.min_area < 1 or any(side < 1 for size in self.sizes for side in size):
+            raise ValueError("min_area and sizes are at least 1 pixel")
+        if self.calibrated and (self.false_alarm_rate is None or not 0 < len(self.scores) == len(self.levels)):
             raise ValueError("a calibration has a rate, and a level for each score")
 
     def p_value(self, score: float) -> float:
@@ -97,6 +107,25 @@ class Calibration:
         return asdict(self)
 
 
+@cache
+def _kinds() -> dict[str, Any]:
+    return get_type_hints(Calibration)
+
+
+def stored(values: dict[str, Any]) -> Calibration:
+    """The calibration that `to_dict` gave; models of before have fewer keys.
+
+    Raises:
+        ValueError: unknown or missing keys, values that no calibration gives.
+    """
+    known = {each.name: each.default is MISSING and each.default_factory is MISSING for each in fields(Calibration)}
+    if unknown := values.keys() - known:
+        raise ValueError(f"calibration {quoted(min(unknown))} is unknown")
+    if missing := [name for name, is_needed in known.items() if is_needed and name not in values]:
+        raise ValueError(f"calibration {missing[0]!r} is missing")
+    return Calibration(**values)
+
+
 def default_calibration(scores: list[float], pixel_threshold: float, pixel_median: float) -> Calibration:
     """Thresholds of a fit, not calibrated: at most 1 % of the held-out images reach the image threshold.
 
@@ -128,8 +157,8 @@ def restored(values: dict[str, Any] | None) -> Calibration:
     if not (values and values.get("calibrated")):
         raise ZooError("This model was never calibrated; give it normal images with --data DATA.")
     try:
-        return Calibration(**values)
-    except (TypeError, ValueError) as error:
+        return stored(values)
+    except ValueError as error:
         raise ZooError(f"The model's calibration is of the wrong kind ({error}); calibrate it anew.") from error
 
 

@@ -126,7 +126,7 @@ def method_card(method: str, place: Path) -> str:
     for path in paths:
         if not path.is_file():
             raise ZooError(f"{path} is missing beside the other of its model; add it, or remove both.")
-    config, record = checkpoint.read_config(place), checkpoint.read_json(paths[1])
+    config, record = checkpoint.read_config(place), checkpoint.read_record(place)
     if {config["method"], record.get("method")} != {method}:
         raise ZooError(f"{paths[1]} is of {record.get('method')}, where {method} is expected; put it where it belongs.")
     for part in ("train_data", "test_data"):

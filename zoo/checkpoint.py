@@ -4,8 +4,10 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import secrets
 import shutil
 import struct
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
+from zoo.forms import NEEDS, Backbone, Precision, Preprocessing, Record, Selection, misfit, parse, quoted
+from zoo.methods import METHODS
 
 if TYPE_CHECKING:  # torch is imported on use: the registry is listed without it
     import torch
@@ -21,8 +25,9 @@ if TYPE_CHECKING:  # torch is imported on use: the registry is listed without it
 
 FORMAT_VERSION = 1
 WEIGHTS, CONFIG, CARD, RECORD = "model.safetensors", "config.json", "README.md", "results.json"
-LARGEST = {CONFIG: 2**26, CARD: 2**23, RECORD: 2**26}  # bytes of the texts of a model: more is none of ours
+LARGEST = {CONFIG: 2**26, CARD: 2**23, RECORD: 2**22}  # bytes of the texts of a model: more is none of ours
 LARGEST_HEADER = 2**22  # bytes; some 1,000 tensors take 100,000
+MODULES = 8_000  # parts of a network: the largest backbones of timm have some 2,000
 LAST = Path("private", "last.safetensors")  # what training changes, as of its last step, where another one was kept
 KEYS = {
     "format_version": int,
@@ -31,13 +36,14 @@ KEYS = {
     "preset": str | None,
     "arguments": dict,
     "preprocessing": dict,
-    "precision": str,
-    "selection": dict | None,
+    "precision": Precision,
+    "selection": Selection | None,
     "calibration": dict | None,
-    "learned": dict,
-    "backbone": dict | None,
+    "learned": dict[str, list[int]],
+    "backbone": Backbone | None,
     "weights_sha256": str,
 }
+SINCE = ("selection",)  # keys that models of before don't have
 
 
 class Damaged(ZooError):
@@ -117,8 +123,12 @@ def load(folder: str | Path, build: Callable[[dict[str, Any]], "nn.Module"]) -> 
     config = read_config(folder)
     path = folder / WEIGHTS
     stored = read_header(path)
-    with torch.device("meta"):
-        expected = {name: _described(tensor) for name, tensor in build(config).state_dict().items()}
+    with torch.device("meta"), _few_modules():
+        module = build(config)
+    expected = {name: _described(tensor) for name, tensor in module.state_dict().items()}
+    if other := config["learned"].keys() - set(learned_buffers(module)):
+        what = f"no tensor of {config['method']} whose shape is learned is {quoted(min(other))}"
+        raise ZooError(f"{folder / CONFIG} is not understood ({what}); fetch it anew, or install a newer zoo.")
     for name, shape in config["learned"].items():  # a size that is learned is 0 in an untrained module
         kind, sizes = expected.get(name, ("", []))
         if len(shape) == len(sizes):
@@ -126,7 +136,7 @@ def load(folder: str | Path, build: Callable[[dict[str, Any]], "nn.Module"]) -> 
     wrong = [name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name)]
     if wrong:
         found, wanted = (_in_words(of.get(min(wrong))) for of in (stored, expected))
-        raise ZooError(f"{path} doesn't fit {CONFIG}: {min(wrong)} is {found} where {wanted} is expected.")
+        raise ZooError(f"{path} doesn't fit {CONFIG}: {quoted(min(wrong))} is {found} where {wanted} is expected.")
     check_weights(folder, config)
     module = build(config)
     module.load_state_dict(load_file(path))
@@ -152,7 +162,25 @@ def read_header(path: Path) -> dict[str, tuple[str, list[int]]]:
             slices = {name: file.get_slice(name) for name in file.keys()}
             return {name: (part.get_dtype(), part.get_shape()) for name, part in slices.items()}
     except (SafetensorError, struct.error, OSError) as error:
-        raise Damaged(f"{path} is truncated or no safetensors file ({error}); fetch the model anew.") from error
+        raise Damaged(f"{path} is truncated or no safetensors file ({quoted(str(error))}); fetch it anew.") from error
+
+
+@contextlib.contextmanager
+def _few_modules() -> Iterator[None]:
+    """Within it a network of endless parts is refused, as a configuration from anywhere may ask for it."""
+    from torch.nn.modules.module import register_module_module_registration_hook
+
+    count = itertools.count(1)
+
+    def counted(*_: Any) -> None:
+        if next(count) > MODULES:
+            raise ZooError(f"it asks for a network of more than {MODULES:,} parts")
+
+    hook = register_module_module_registration_hook(counted)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def check_weights(folder: Path, config: dict[str, Any]) -> None:
@@ -190,31 +218,95 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The checked `config.json` of a model folder.
 
     Raises:
-        ZooError: missing, unreadable, of a newer format, or with keys or types that this version doesn't know.
+        ZooError: missing, unreadable, of a newer format, or with keys or values that this version doesn't know.
     """
     path = folder / CONFIG
     if not path.is_file():
         raise ZooError(f"{folder} is no model of the zoo: it has no {CONFIG}.")
-    try:
-        if path.stat().st_size > LARGEST[CONFIG]:
-            raise ValueError("larger than any")
-        config = json.loads(path.read_text(encoding="utf-8"))
-        version = config["format_version"]
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        raise ZooError(f"{path} is damaged or no configuration of the zoo; fetch or save the model anew.") from error
-    if not isinstance(version, int) or version > FORMAT_VERSION:
-        raise ZooError(f"{path} has format version {version}, newer than {FORMAT_VERSION}; install a newer zoo.")
-    wrong = [key for key in config.keys() | KEYS if not isinstance(config.get(key), KEYS.get(key, ()))]
+    config = _read_object(path)
+    version = config.get("format_version")
+    if type(version) is int and version > FORMAT_VERSION:
+        found = quoted(version)
+        raise ZooError(f"{path} has format version {found}, newer than {FORMAT_VERSION}; install a newer zoo.")
+    if type(version) is not int or version < 1:
+        found = f"{quoted(version)} is no format version" if "format_version" in config else "no format version"
+        raise ZooError(f"{path} is damaged or no configuration of the zoo ({found}); fetch or save the model anew.")
+    wrong = [key for key in config.keys() | KEYS if not _is_understood(key, config)]
     if wrong:
-        raise ZooError(f"{path} is not understood: {min(wrong)!r} is missing, unknown or of the wrong kind.")
-    return config
+        raise ZooError(f"{path} is not understood: {quoted(min(wrong))} is missing, unknown or of the wrong kind.")
+    if config["method"] not in METHODS:
+        raise ZooError(f"{path}: there is no method {quoted(config['method'])}; install a newer zoo, or fetch it anew.")
+    if not re.fullmatch("[0-9a-f]{64}", config["weights_sha256"]):
+        raise ZooError(f"{path} is not understood: weights_sha256 is no SHA-256 in 64 hexadecimal digits.")
+    _check_parts(config, path)
+    return config | {key: config.get(key) for key in SINCE}
+
+
+def _check_parts(config: dict[str, Any], path: Path) -> None:
+    """Raises ZooError for what no view or calibration is made of; the method's own part is checked when it is built."""
+    from zoo.calibration import stored
+    from zoo.view import View
+
+    try:
+        if wrong := misfit(config["preprocessing"], Preprocessing):
+            raise ValueError(f"preprocessing {quoted(wrong)} is missing or of the wrong kind")
+        View.stored(config["preprocessing"])
+        if config["calibration"] is not None:
+            stored(config["calibration"])
+    except ValueError as error:
+        raise ZooError(f"{path} is not understood ({str(error).rstrip('.')}); fetch or save the model anew.") from error
+
+
+def _is_understood(key: str, config: dict[str, Any]) -> bool:
+    if key not in config:
+        return key in SINCE
+    return key in KEYS and misfit(config[key], KEYS[key]) is None
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """The checked `results.json` of a model folder, {} where there is none.
+
+    Raises:
+        ZooError: damaged, too large, or of another form than a record's.
+    """
+    path = folder / RECORD
+    record = _read_object(path) if path.is_file() else {}
+    check_record(record, str(path))
+    return record
+
+
+def check_record(record: dict[str, Any], what: str = "The record") -> None:
+    """Raises ZooError for a record that a card can't be made of."""
+    wrong = misfit(record, Record)
+    if wrong is None:
+        wrong = next((need for key, needs in NEEDS.items() if record.get(key) for need in needs - record.keys()), None)
+    if wrong is not None:
+        text = f"{what} is no record of the zoo: {quoted(wrong)} is missing or of the wrong kind"
+        raise ZooError(f"{text}; fetch or save the model anew.")
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that may have come from anywhere."""
+    try:
+        if path.stat().st_size > LARGEST[path.name]:
+            raise ValueError(f"larger than {LARGEST[path.name]:,} bytes")
+        value = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+        return value
+    except (ValueError, OSError) as error:
+        what = "configuration" if path.name == CONFIG else "record"
+        raise ZooError(f"{path} is damaged or no {what} of the zoo ({error}); fetch or save the model anew.") from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file of a model folder, {} where there is none."""
+    """A JSON file of our own, {} where there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if not isinstance(value, dict):
+            raise ValueError("no JSON object")
+        return value
+    except (ValueError, RecursionError) as error:
         raise ZooError(f"{path} is damaged; fetch or save the model anew.") from error
 
 

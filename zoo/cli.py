@@ -107,6 +107,7 @@ def list_(argv: list[str]) -> None:
     options = parse(parser, argv)
     pattern = options.pattern
     found = hub.list_models(pattern, options.remote)
+    from rich.markup import escape
     from rich.table import Table
 
     from zoo.tables import console
@@ -120,7 +121,8 @@ def list_(argv: list[str]) -> None:
     models = Table("model", "method", "test data", *METRICS.values(), title="models", title_justify="left", box=None)
     for model in found:
         figures = [f"{model.metrics[key]:.4f}" if key in model.metrics else "-" for key in METRICS]
-        about = [f"[red]{model.error}[/red]"] if model.error else [model.method, model.data or "-", *figures]
+        data = escape(model.data or "-")  # of anywhere: it may look like markup
+        about = [f"[red]{escape(model.error)}[/red]"] if model.error else [model.method, data, *figures]
         models.add_row(model, *about)
     if models.row_count:
         screen.print(models)
@@ -261,7 +263,7 @@ def evaluate(argv: list[str]) -> None:
     from zoo.tables import console, metric_table
 
     model = hub.from_pretrained(folder)
-    before = checkpoint.read_json(folder / checkpoint.RECORD)
+    before = checkpoint.read_record(folder)
     arguments = (model, options.data, before, data_values(options), run_of(options, model.precision))
     if options.protocol == "house":
         protocol.load_last_weights(model, folder)
@@ -313,7 +315,7 @@ def predict(argv: list[str]) -> None:
 
 
 def _calibrated_with_masks(folder: Path) -> bool:
-    return "ignored" in checkpoint.read_json(folder / checkpoint.RECORD).get("calibration", {})
+    return "ignored" in checkpoint.read_record(folder).get("calibration", {})
 
 
 def calibrate(argv: list[str]) -> None:

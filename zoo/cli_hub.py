@@ -42,7 +42,7 @@ def publish(argv: list[str]) -> None:
         replace=options.replace,
         say=print,
     )
-    about = checkpoint.read_json(folder / checkpoint.RECORD).get("train_data", {})
+    about = checkpoint.read_record(folder).get("train_data", {})
     if terms := about.get("terms") or terms_of(about.get("name", "")):
         print(f"Terms of the data that it was learned from: {terms}")
     who = "private" if done.private else "public"
@@ -97,7 +97,7 @@ def import_(argv: list[str]) -> None:
 
     names = import_models(options.what, options.replace, print)
     if names:
-        abouts = [checkpoint.read_json(hub.model_place(name) / checkpoint.RECORD) for name in names]
+        abouts = [checkpoint.read_record(hub.model_place(name)) for name in names]
         for terms in dict.fromkeys(about.get("train_data", {}).get("terms") for about in abouts):
             if terms:
                 print(f"Terms of the data that they were learned from: {terms}")

@@ -90,7 +90,7 @@ def _local_model(name: str) -> Model:
     model, folder = Model(name), model_place(name)
     try:
         model.method = checkpoint.read_config(folder)["method"]
-        record = checkpoint.read_json(folder / checkpoint.RECORD)
+        record = checkpoint.read_record(folder)
         model.metrics, model.data = record.get("metrics", {}), record.get("test_data", {}).get("name")
     except ZooError as error:
         model.error = str(error)
@@ -231,6 +231,7 @@ def from_pretrained(
     how = {"token": token, "cache_dir": cache_dir, "local_files_only": local_files_only}
     folder = find_model(name, revision, force_download=force_download, **how)
     checkpoint.read_config(folder)  # before torch is imported
+    record = checkpoint.read_record(folder)
 
     from zoo.methods import check_arguments, create_model
     from zoo.nn.features import architecture_only
@@ -253,7 +254,7 @@ def from_pretrained(
             raise
         module, _ = checkpoint.load(_fetched_anew(folder, token), build)
     module.folder = folder
-    module.record = checkpoint.read_json(folder / checkpoint.RECORD) or None
+    module.record = record or None
     if private := checkpoint.read_json(folder / "private" / "state.json"):
         try:
             module.load_private_state(private)

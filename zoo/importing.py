@@ -1,13 +1,15 @@
 """Take models into the local registry: from a folder that came over an air gap, or from the hub's cache.
 
 What comes from elsewhere is not trusted. Only the files that a published model has are taken, as regular files; each
-model is copied, and the copy is loaded whole, as `from_pretrained` does it, before any of them gets its place.
+model is copied, and the copy is loaded whole, as `from_pretrained` does it, and scores an image, before any of them
+gets its place.
 """
 
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from zoo import checkpoint, hub
 from zoo.checkpoint import CARD, CONFIG, LARGEST, RECORD, WEIGHTS
@@ -134,9 +136,23 @@ def _is_wanted(place: Path, folder: Path, replace: bool, say: Callable[[str], No
 
 
 def _check(copy: Path, folder: Path) -> None:
-    """Load a copy, and speak of it as of the folder that it was made from."""
+    """Load a copy and let it score an image, and speak of it as of the folder that it was made from."""
     try:
-        hub.from_pretrained(copy)
-        checkpoint.read_json(copy / RECORD)
+        model = hub.from_pretrained(copy)
+        if model.is_fitted:
+            _try(model, copy)
     except ZooError as error:
         raise ZooError(str(error).replace(str(copy), str(folder))) from error
+
+
+def _try(model: Any, copy: Path) -> None:
+    """Raises ZooError where arguments and weights don't go together though each is right by itself."""
+    import torch
+
+    try:
+        with torch.inference_mode():
+            model(torch.zeros(1, 1, *model.size))
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200].rstrip(".")
+        text = f"{copy} can't score an image ({reason})"
+        raise ZooError(f"{text}; its configuration and weights are not of one model: fetch it anew.") from error

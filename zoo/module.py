@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from zoo import checkpoint, ranks
-from zoo.calibration import Calibration
+from zoo.calibration import Calibration, stored
 from zoo.cards import render_card
 from zoo.errors import ZooError
+from zoo.forms import quoted
 from zoo.image import read_mask, resize
 from zoo.learning import Batch, LearningModule
 from zoo.metrics import AnomalyMetrics
@@ -26,7 +27,7 @@ from zoo.sem import read_sem
 from zoo.tiles import by_tiles
 from zoo.view import View
 
-_VIEW = tuple(field.name for field in fields(View))
+_VIEW = {field.name for field in fields(View)}
 
 
 class Scores(NamedTuple):
@@ -355,18 +356,16 @@ class AnomalyModule(LearningModule):
         """Take up what `config` gave.
 
         Raises:
-            ValueError, TypeError: preprocessing that is not this module's, or unknown; a calibration of another kind.
+            ValueError: preprocessing that is not this module's, or unknown; a calibration of another kind.
         """
         given = config["preprocessing"]
         own = {key: value for key, value in self.config()["preprocessing"].items() if key not in _VIEW}
-        if other := [key for key in given if key not in _VIEW and given[key] != own.get(key)]:
-            raise ValueError(f"preprocessing {min(other)!r} is unknown, or not that of the method and its arguments")
-        self.view = View(**{key: given[key] for key in _VIEW if key in given})  # models of before have fewer
+        if other := [key for key in given.keys() - _VIEW | own.keys() if given.get(key) != own.get(key)]:
+            what = f"preprocessing {quoted(min(other))}"
+            raise ValueError(f"{what} is missing, unknown, or not that of the method and its arguments")
+        self.view = View.stored(given)
         self.preset, self.precision, self.selection = config["preset"], config["precision"], config.get("selection")
-        calibration = config["calibration"]
-        if unknown := set(calibration or ()) - {field.name for field in fields(Calibration)}:
-            raise ValueError(f"calibration {min(unknown)!r} is unknown")
-        self.calibration = Calibration(**calibration) if calibration else None
+        self.calibration = None if config["calibration"] is None else stored(config["calibration"])
         if hasattr(self, "features"):
             self.features.source = config["backbone"]
 
@@ -395,6 +394,7 @@ class AnomalyModule(LearningModule):
         from zoo.hub import namespace
 
         config, record = self.config(), record or self.record
+        checkpoint.check_record(record or {})
         extra = {checkpoint.CARD: render_card(config, record)}
         if record:
             extra[checkpoint.RECORD] = checkpoint.dump(record)

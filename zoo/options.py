@@ -9,11 +9,10 @@ from typing import Any, Literal, get_args
 
 from zoo.data import FORMS
 from zoo.errors import ZooError
+from zoo.forms import Precision
 from zoo.methods import METHODS, list_methods, method_id, presets, signature
 from zoo.run import RunOptions
 from zoo.view import View
-
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 def make_parser(command: str, about: str, config: bool = True) -> Any:

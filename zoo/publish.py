@@ -74,7 +74,7 @@ def stage(
         ZooError: damaged weights; a place of this machine or the name of an image in what would be public.
     """
     folder, out = Path(folder), Path(out)
-    config, record = checkpoint.read_config(folder), checkpoint.read_json(folder / RECORD)
+    config, record = checkpoint.read_config(folder), checkpoint.read_record(folder)
     if any(0 in shape for shape in config["learned"].values()):
         raise ZooError(f"The {config['method']} in {folder} has learned nothing yet; fit it first.")
     checkpoint.read_header(folder / WEIGHTS)
@@ -188,7 +188,7 @@ def _was_edited_here(folder: Path) -> bool:
     """Whether the card of a model's folder is none that its record gives."""
     path = folder / CARD
     card = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    known = checkpoint.read_config(folder), checkpoint.read_json(folder / RECORD) or None
+    known = checkpoint.read_config(folder), checkpoint.read_record(folder) or None
     return bool(card) and is_edited(card) and card != render_card(*known)
 
 

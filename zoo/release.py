@@ -276,7 +276,7 @@ def _make_ready(
     why = None
     with replacing(ready) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True, copy_function=_link)
-        result = read_json(source / RECORD)
+        result = checkpoint.read_record(source)
         if len(records) > 1:
             result["seeds"] = seeds_of(records)
         write_text(temporary / RECORD, dump(result))

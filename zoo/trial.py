@@ -86,7 +86,7 @@ def _fitted(job: dict[str, Any], out: Path, options: RunOptions) -> tuple[Anomal
     if (place / checkpoint.CONFIG).is_file():
         model = hub.from_pretrained(place)
         load_last_weights(model, place)
-        return model, checkpoint.read_json(place / checkpoint.RECORD)
+        return model, checkpoint.read_record(place)
     return fit(
         job["method"],
         job["data"],

@@ -6,14 +6,17 @@ image, but where the bar begins in one of a size that the set didn't have.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_type_hints
 
 import numpy as np
 
 from zoo.errors import ZooError
+from zoo.forms import misfit, quoted
 from zoo.image import image_size, read_image, resize, resize_mask, to_tensor
 from zoo.sem import Sem, bar_of_set, find_bar, read_sem
 
@@ -26,6 +29,12 @@ PIXELS = 2**16  # of each of them
 TAILS = 0.001  # share of the pixels below and above the percentiles
 MARGIN = 0.1  # of their distance, on both sides: what is a little brighter than all normals is still told from white
 LEAST_TILE = 32  # pixels
+LARGEST = 2**14  # side in pixels to which images are resized
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    return get_type_hints(View)
 
 
 class Viewed(NamedTuple):
@@ -52,7 +61,7 @@ class View:
 
     resize: int | None = None
     crop: int | None = None
-    info_bar: str = "none"
+    info_bar: Literal["auto", "none"] = "none"
     bars: tuple[tuple[int, int, int], ...] = ()
     low: float | None = None
     high: float | None = None
@@ -60,11 +69,34 @@ class View:
     tile: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in _kinds().items():
+            if misfit(getattr(self, name), kind):
+                raise ZooError(f"{name} of a view can't be {quoted(getattr(self, name))}.")
         if self.tile is not None and self.tile < LEAST_TILE:
             raise ZooError(f"--tile is at least {LEAST_TILE} pixels, not {self.tile}.")
         if self.tile and (self.crop or self.resize):
             raise ZooError("--tile doesn't go with resized or cropped images; take another preset than original.")
+        if not all(side is None or 1 <= side <= LARGEST for side in (self.resize, self.crop)):
+            raise ZooError(f"--resize and --crop are 1 to {LARGEST} pixels, not {self.resize} and {self.crop}.")
+        if not all(0 <= rows < height and width > 0 for height, width, rows in self.bars):
+            raise ZooError("An info bar is lower than its image.")
+        if (self.low is None) != (self.high is None) or (self.low is not None and not self.low < self.high < math.inf):
+            raise ZooError(f"low is below high, and neither alone: not {self.low} and {self.high}.")
+        if self.floats and self.low is None:
+            raise ZooError("Float images have a scale: low and high.")
         object.__setattr__(self, "bars", tuple(tuple(bar) for bar in self.bars))  # of JSON they are lists
+
+    @classmethod
+    def stored(cls, preprocessing: dict[str, Any]) -> View:
+        """The view in a model's configuration; before there were views there were resize and crop alone.
+
+        Raises:
+            ValueError: other keys that are missing, for which a default might give other scores; or values of no view.
+        """
+        given = {key: preprocessing[key] for key in _kinds() if key in preprocessing}
+        if given.keys() not in (_kinds().keys(), {"resize", "crop"}):
+            raise ValueError(f"preprocessing {min(_kinds().keys() - given.keys())!r} is missing")
+        return cls(**given)
 
     def native(self) -> View:
         """As images are predicted: not resized first, unless they are cropped then."""

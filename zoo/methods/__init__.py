@@ -6,10 +6,10 @@ import importlib
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from zoo.errors import ZooError
+from zoo.forms import misfit, quoted
 
 METHODS = {
     "cfa": "CFA",
@@ -24,6 +24,10 @@ METHODS = {
     "stfpm": "STFPM",
     "supersimplenet": "SuperSimpleNet",
 }
+
+
+MOST, LONGEST = 10**6, 64  # of a number and a list of arguments
+LIMITS = {"seed": 2**63 - 1, "bank_size": 10**8, "input_size": 2**13}  # of numbers that may be higher, or not as high
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ def create_model(name: str, preset: str | None = None, **arguments: Any) -> Any:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1) or sorted(known)
             raise ZooError(f"{method} has no argument {key!r}; did you mean {near[0]!r}?")
+    _check_limits(values)
     model = method_class(method)(**values)
     model.preset = preset
     return model
@@ -108,19 +113,22 @@ def check_arguments(name: str, arguments: dict[str, Any]) -> None:
         raise ZooError(f"{min(wrong)!r} is missing or no argument of {name}")
     local = method_class(name).local_arguments
     for key, value in arguments.items():
-        if not _is_of(value, known[key].type) or (key in local and value is not None):
-            raise ZooError(f"argument {key!r} of {name} can't be {str(value)[:60]!r}")
+        if misfit(value, known[key].type) or (key in local and value is not None):
+            raise ZooError(f"argument {key!r} of {name} can't be {quoted(value)}")
 
 
-def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of an annotated type."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is UnionType:
-        return any(_is_of(value, each) for each in get_args(kind))
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(_is_of(each, *get_args(kind)) for each in value)
-    return type(value) is kind or (kind is float and type(value) is int)
+def _check_limits(arguments: dict[str, Any]) -> None:
+    """Raises ZooError for numbers and lists that no memory or patience is enough for, whatever their types."""
+    size = arguments.get("input_size")
+    sides = [side for side in (size if isinstance(size, list) else [size]) if isinstance(side, int)]
+    limits = LIMITS | {key: max(sides, default=LIMITS["input_size"]) for key in ("sigma", "window")}
+    for key, value in arguments.items():
+        most = limits.get(key, MOST)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int | float) and not abs(number) <= most:
+                raise ZooError(f"The argument {key!r} takes numbers up to {most:,}, not {quoted(number)}.")
+        if isinstance(value, list) and len(value) > LONGEST:
+            raise ZooError(f"The argument {key!r} takes up to {LONGEST} values, not {len(value):,}.")
 
 
 def presets(name: str, preset: str) -> dict[str, dict[str, Any]]:
