@@ -80,10 +80,10 @@ def made(tmp_path_factory):
     job.kill()
     job.wait()
 
-    def killed(folder, place, repo):
+    def killed(folder, place, repo, **how):
         if "padim" in repo:
             raise KeyboardInterrupt
-        return stage(folder, place, repo)
+        return stage(folder, place, repo, **how)
 
     stage, said = release.stage, io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
@@ -201,7 +201,7 @@ def test_a_failing_repository_is_passed_over_and_the_same_command_goes_on(made, 
         ("--prefix miic", "is for models of MIIC, and these are of miic-replica"),
         ("--prefix MIIC-x", "is for models of MIIC"),
         ("--prefix a--b", "letters, digits and single dashes"),
-        ("--to a/b", "no repository"),
+        ("--to a/b", "a user or an organisation on the hub"),
         ("--tag v^1", "is no tag"),
         ("--false-alarm-rate 2", "between 0 and 1"),
         ("--preset original", "for parity runs"),
