@@ -229,6 +229,14 @@ def test_front_matter_of_committed_cards(method):
     assert {"anomaly-detection", "sem", "semiconductor", method.replace("_", "-")} <= set(data.tags)
 
 
+def test_images_that_serve_twice_are_told(config, record):
+    told = "Normal images of its test split are among them"
+    assert record["calibration"]["data"]["fingerprint"] != record["test_data"]["fingerprint"]
+    assert told not in render_card(config, record)
+    record = record | {"calibration": record["calibration"] | {"data": record["test_data"]}}
+    assert told in render_card(config, record)
+
+
 def test_the_command_writes_them_all(tmp_path):
     assert write_cards(tmp_path) == [*(tmp_path / committed(m).name / "README.md" for m in list_methods())] + [
         tmp_path / "miic/README.md"

@@ -135,6 +135,25 @@ def test_place_of_the_machine_is_refused(hub, folder, tmp_path):
     assert not hub.requests
 
 
+def test_names_of_the_machine_and_its_user(hub, folder, tmp_path, monkeypatch):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    record = json.loads((copy / "results.json").read_text())
+    (copy / "results.json").write_text(json.dumps(record | {"note": "by kimdoe on sem-host7"}))
+    for function, name in (("getpass.getuser", "kimdoe"), ("socket.gethostname", "sem-host7")):
+        with monkeypatch.context() as patch:
+            patch.setattr(function, lambda name=name: name)
+            with pytest.raises(ZooError, match=f"names this machine or its user .{name}"):
+                publish(copy, REPO)
+            with pytest.raises(ZooError, match="message of the commit names"):
+                publish(folder, REPO, commit_message=f"from {name}")
+
+    def unknown():
+        raise KeyError("getpwuid(): uid not found")
+
+    monkeypatch.setattr("getpass.getuser", unknown)
+    assert publish(folder, REPO).uploaded
+
+
 def test_damaged_weights_are_refused(hub, folder, tmp_path):
     copy = shutil.copytree(folder, tmp_path / "copy")
     data = bytearray((copy / "model.safetensors").read_bytes())
@@ -341,12 +360,13 @@ def test_list_has_the_figures_that_decide(hub, folder):
     parts = [("half", metrics), ("half", odd), ("full", [["pixel F1", "1", ""]])]
     text = ", ".join(task % (part, ", ".join(result % tuple(each) for each in of)) for part, of in parts)
     head = f"library_name: zoo\ntags: [zoo, iad-inpainting]\nmodel-index: [{{name: m, results: [{text}]}}]"
+    head = head.replace("name: wafers", 'name: "wa\\e[2Jfers"').replace("zoo, iad", 'zoo, "a\\e", iad')
     hub.edit("fab/my_model", {"README.md": f"---\n{head}\n---\n".encode()})
     hub.edit("fab/empty", {})
     hub.edit("fab/no-card", {"README.md": b"hello"})
     for pattern in ("fab/*", "fab/my_model", "fab/my-model"):
         (model,) = list_models(pattern, remote=True)
-        assert model == "fab/my_model" and model.method == "iad_inpainting" and model.data == "wafers"
+        assert model == "fab/my_model" and model.method == "iad_inpainting" and model.data == "wa[2Jfers"
         assert model.metrics == {"image_auroc": 0.75, "pixel_auroc": 0.25}
 
 

@@ -289,9 +289,12 @@ def threshold(config: dict[str, Any], record: dict[str, Any]) -> str:
     normals = _count(len(found["scores"]), "distinct normal image")
     where = f"{normals}{source}{unseen}, in {_precision(found['precision'])}{tiles}"
     sure, rate = f"{100 * found['confidence']:.4g} %", f"{100 * found['false_alarm_rate']:.4g} %"
+    tested = record.get("test_data", {}).get("fingerprint")
+    shared = tested and tested == origin.get("data", {}).get("fingerprint")
+    among = " Normal images of its test split are among them, so these verdicts are no test of the rate." * bool(shared)
     return (
-        f"Calibrated on {where}. {above} With {sure} confidence, at most {rate} of normal images are called anomalous "
-        "by their scores, and at most as many, though they may be other ones, have a region of "
+        f"Calibrated on {where}.{among} {above} With {sure} confidence, at most {rate} of normal images are called "
+        "anomalous by their scores, and at most as many, though they may be other ones, have a region of "
         f"{_count(area, 'pixel')} or more in the mask. Both hold for images that are drawn as these were: of the same "
         "tool, process and size. `zoo calibrate` sets another rate, or takes other images. "
         f"{_scores_held(found, 'calibration')}"

@@ -15,7 +15,7 @@ import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,7 +38,7 @@ _PLACE = re.compile(
     r"""|file:/+\S+|(?<![\w~])~/[\w.]\S*"""
     r"""|(?<!\w)[A-Za-z]:\\{1,2}\w[^\s"']*|\\{2,4}[\w.-]+\\[^\s"']*"""  # of Windows, a share
 )
-
+# Names of machines and users that are words of a record, or give nobody away.
 COMMON = {"root", "user", "admin", "localhost", "cuda", "full", "house", "mean", "none", "normal", "paper", "synthetic"}
 SILENCE = 30.0  # seconds in which a hub says nothing before an upload is given up
 
@@ -127,10 +127,9 @@ def publish(
         say: is told what the user did not ask for.
 
     Raises:
-        ZooError: no such model, or one that has learned nothing; no answer, no right to write; a repository that is
-            public already, has the tag, or holds something else;
-            something private in what would be published. Nothing is uploaded then, unless it is the tag alone that the
-            hub refuses.
+        ZooError: no such model, or one that has learned nothing; something private in what would be published; no
+            answer, no right to write; a repository that is public already, has the tag, or holds something else.
+            Nothing is uploaded then, unless it is the tag alone that the hub refuses.
     """
     from zoo.remote import is_open
 
@@ -205,8 +204,7 @@ def _without_names(record: dict[str, Any], is_open: Callable[[str], bool]) -> di
 
 def _check_public(texts: dict[str, str], images: Iterable[str] = ()) -> None:
     """Raises ZooError for a place of this machine, its or its user's name, or that of an image that was seen."""
-    names = {name for name in (getpass.getuser(), socket.gethostname()) if len(name) > 3 and name not in COMMON}
-    machine = "|".join(map(re.escape, names))
+    machine = "|".join(map(re.escape, _own_names()))
     for file, text in texts.items():
         if found := _PLACE.search(text):
             raise ZooError(f"{file} has a place of this machine in it ({found[0]}); nothing was published.")
@@ -216,6 +214,14 @@ def _check_public(texts: dict[str, str], images: Iterable[str] = ()) -> None:
             raise ZooError(f"{file} has the name of an image in it ({image}); nothing was published.")
         if machine and (found := re.search(rf"(?<![\w-])(?:{machine})(?![\w-])", text)):
             raise ZooError(f"{file} names this machine or its user ({found[0]}); nothing was published.")
+
+
+def _own_names() -> list[str]:
+    """Of this machine and its user, where they tell something."""
+    names = [socket.gethostname()]
+    with suppress(KeyError, OSError):  # in a container a user may have none
+        names.append(getpass.getuser())
+    return [name for name in names if len(name) > 3 and name not in COMMON]
 
 
 def _image_names(folder: Path) -> set[str]:

@@ -309,7 +309,13 @@ def _card(repo: str, data: Any) -> Card:
         counts = each.dataset_config == results[0].dataset_config and not each.metric_args
         if counts and each.metric_name in named and _is_number(each.metric_value):
             figures.setdefault(named[each.metric_name], float(each.metric_value))
-    return Card(repo, [str(tag) for tag in data.tags or ()], str(results[0].dataset_name) if results else None, figures)
+    name = _shown(results[0].dataset_name) if results else None
+    return Card(_shown(repo), [_shown(tag) for tag in data.tags or ()], name, figures)
+
+
+def _shown(text: Any) -> str:
+    """A text from anywhere without what a terminal would obey."""
+    return "".join(each for each in str(text) if each.isprintable())
 
 
 def _is_number(value: Any) -> bool:
