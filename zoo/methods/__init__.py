@@ -3,6 +3,7 @@
 import ast
 import difflib
 import importlib
+import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -123,8 +124,10 @@ def _check_limits(arguments: dict[str, Any]) -> None:
     sides = [side for side in (size if isinstance(size, list) else [size]) if isinstance(side, int)]
     limits = LIMITS | {key: max(sides, default=LIMITS["input_size"]) for key in ("sigma", "window")}
     for key, value in arguments.items():
-        most = limits.get(key, MOST)
         for number in value if isinstance(value, list) else [value]:
+            most = limits.get(
+                key, sys.float_info.max if isinstance(number, float) else MOST
+            )  # what is no size takes no memory
             if isinstance(number, int | float) and not abs(number) <= most:
                 raise ZooError(f"The argument {key!r} takes numbers up to {most:,}, not {quoted(number)}.")
         if isinstance(value, list) and len(value) > LONGEST:
