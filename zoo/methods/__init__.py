@@ -125,9 +125,8 @@ def _check_limits(arguments: dict[str, Any]) -> None:
     limits = LIMITS | {key: max(sides, default=LIMITS["input_size"]) for key in ("sigma", "window")}
     for key, value in arguments.items():
         for number in value if isinstance(value, list) else [value]:
-            most = limits.get(
-                key, sys.float_info.max if isinstance(number, float) else MOST
-            )  # what is no size takes no memory
+            usual = sys.float_info.max if isinstance(number, float) else MOST  # a rate takes no memory
+            most = limits.get(key, usual)
             if isinstance(number, int | float) and not abs(number) <= most:
                 raise ZooError(f"The argument {key!r} takes numbers up to {most:,}, not {quoted(number)}.")
         if isinstance(value, list) and len(value) > LONGEST:
