@@ -191,6 +191,14 @@ def test_local_registry(fitted):
         find_model("miic-aa")
 
 
+def test_method_from_anywhere_in_the_list(fitted, capsys):
+    from zoo.cli import main
+
+    fitted[0].save_pretrained(model_place("odd"))
+    edit(model_place("odd"), method="[/red]none")
+    assert main(["list", "odd"]) == 0 and "[/red]none" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("name", ["../up", "a/b", "/etc", ".hidden", "", "a b", "x" * 200, "a\\b"])
 def test_names_that_are_paths(name):
     with pytest.raises(ZooError):

@@ -23,8 +23,8 @@ def test_memory_is_estimated_before_the_fit(case, zoo_home):
     command = ["zoo", "fit", case.split()[0], "--preset", "lite", "--data", DATA, "--name", "m", "--batch-size", "16"]
     done = subprocess.run([*command, *OPTIONS[case]], check=True, capture_output=True, text=True)
     record = json.loads((zoo_home / "models" / "m" / "results.json").read_text())
-    # Sums may settle in what the look at some batches has freed, which nobody can count on: it depends on other work.
-    highest = 1.5 if "by two" in case else 1.35
+    # The sums of two processes may settle in what the look at some batches has freed, which nobody can count on.
+    highest = 1.5 if "by two" in case else 1.25
     assert 0.8 < record["estimate"]["memory_mb"] / record["peak_memory_mb"] < highest
     assert record["estimate"]["seconds"] > 0 and "GB of memory" in done.stdout.splitlines()[0]
 

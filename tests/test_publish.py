@@ -187,6 +187,9 @@ def test_as_users_of_the_hubs_mixin_do(hub, folder, tmp_path, monkeypatch):
     assert "config.json" in hub.files("fab/again")
     with pytest.raises(TypeError):
         model.push_to_hub(REPO, surprise=1)
+    with pytest.raises(TypeError, match="'recrod'"):
+        model.save_pretrained(tmp_path / "typo", recrod={})
+    assert not (tmp_path / "typo").exists()
 
 
 def test_name_of_an_image_in_memory(hub, folder):

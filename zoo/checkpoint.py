@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
 from zoo.forms import NEEDS, Backbone, Precision, Preprocessing, Record, Selection, misfit, parse, quoted
-from zoo.methods import METHODS
 
 if TYPE_CHECKING:  # torch is imported on use: the registry is listed without it
     import torch
@@ -234,8 +233,6 @@ def read_config(folder: Path) -> dict[str, Any]:
     wrong = [key for key in config.keys() | KEYS if not _is_understood(key, config)]
     if wrong:
         raise ZooError(f"{path} is not understood: {quoted(min(wrong))} is missing, unknown or of the wrong kind.")
-    if config["method"] not in METHODS:
-        raise ZooError(f"{path}: there is no method {quoted(config['method'])}; install a newer zoo, or fetch it anew.")
     if not re.fullmatch("[0-9a-f]{64}", config["weights_sha256"]):
         raise ZooError(f"{path} is not understood: weights_sha256 is no SHA-256 in 64 hexadecimal digits.")
     _check_parts(config, path)

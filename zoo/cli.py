@@ -121,8 +121,8 @@ def list_(argv: list[str]) -> None:
     models = Table("model", "method", "test data", *METRICS.values(), title="models", title_justify="left", box=None)
     for model in found:
         figures = [f"{model.metrics[key]:.4f}" if key in model.metrics else "-" for key in METRICS]
-        data = escape(model.data or "-")  # of anywhere: it may look like markup
-        about = [f"[red]{escape(model.error)}[/red]"] if model.error else [model.method, data, *figures]
+        about = [escape(model.method or "-"), escape(model.data or "-"), *figures]  # from anywhere: it may be markup
+        about = [f"[red]{escape(model.error)}[/red]"] if model.error else about
         models.add_row(model, *about)
     if models.row_count:
         screen.print(models)

@@ -385,14 +385,14 @@ class AnomalyModule(LearningModule):
             folder: its place; a model that is already there is replaced, all at once.
             record: the results that the card states; None: those that it was loaded with, or that its fit gave.
             private: further text files by name, kept under `private/`.
-            push_to_hub: publish it too, to `repo_id` or the folder's name in the namespace, with the arguments `how` of
-                `push_to_hub`.
+            push_to_hub: publish it too, to `repo_id`, with the arguments `how` of `push_to_hub`.
 
         Raises:
+            TypeError: arguments that it doesn't know.
             ZooError: something else than a model lies there, or it can't be written.
         """
-        from zoo.hub import namespace
-
+        if how and not push_to_hub:
+            raise TypeError(f"save_pretrained() takes {min(how)!r} with push_to_hub=True alone")
         config, record = self.config(), record or self.record
         checkpoint.check_record(record or {})
         extra = {checkpoint.CARD: render_card(config, record)}
@@ -402,7 +402,7 @@ class AnomalyModule(LearningModule):
         extra |= {f"private/{k}": v for k, v in private.items()}
         place = checkpoint.save(folder, self, config, extra, self.last_weights)
         if push_to_hub:
-            self.push_to_hub(repo_id or f"{namespace()}/{place.name}", **how)
+            self.push_to_hub(repo_id or place.name, **how)
         return place
 
     @classmethod

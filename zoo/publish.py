@@ -16,7 +16,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlparse
@@ -273,7 +273,8 @@ class _Hub:
         if private and not info.private:
             raise ZooError(f"{self.repo} is public; make it private on its page first, or publish to another one.")
         self.head, self.private = info.sha, bool(info.private)
-        found = self.api.list_repo_tree(self.repo, recursive=True, revision=self.head)
+        tree = partial(self.api.list_repo_tree, self.repo, recursive=True, revision=self.head)
+        found = within(2 * PATIENCE, lambda: list(tree()))  # the client would try for minutes
         ours = [file for file in found if isinstance(file, RepoFile) and file.path in PUBLIC]
         self.files = {file.path: file.lfs.sha256 if file.lfs else file.blob_id for file in ours}
 

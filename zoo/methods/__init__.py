@@ -104,11 +104,13 @@ def create_model(name: str, preset: str | None = None, **arguments: Any) -> Any:
 
 
 def check_arguments(name: str, arguments: dict[str, Any]) -> None:
-    """Check the arguments of a saved model: all of its method's, each of its type, no path of a machine.
+    """Check what a saved model says of itself: a method by its id, all of its arguments, each of its type, no path.
 
     Raises:
-        ZooError: the first that is missing, unknown or of another type.
+        ZooError: no such id; the first argument that is missing, unknown or of another type.
     """
+    if name not in METHODS:
+        raise ZooError(f"there is no method {quoted(name)}")
     known = signature(name)
     if wrong := known.keys() ^ arguments.keys():
         raise ZooError(f"{min(wrong)!r} is missing or no argument of {name}")
