@@ -12,7 +12,7 @@ from datasets import DatasetDict
 from zoo import checkpoint, hub, record, seen
 from zoo.calibrate import calibrate_on_heldout
 from zoo.callbacks import NotFinite
-from zoo.data import DataSpec, check_data, encoded, load_data, load_ignore, load_pairs, store
+from zoo.data import DataSpec, check_data, encoded, load_data, load_ignore, load_pairs, located, store
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.data.halves import SEED, validation_half
 from zoo.errors import ZooError
@@ -29,6 +29,7 @@ from zoo.trainer import ending, first_speaks, make_trainer, quiet, say_broken
 from zoo.training import kept, trained, training
 from zoo.view import LEAST_TILE, View
 
+DATA = "data.txt"  # in `private/`: the DATA of the fit, on this machine
 LONG = 10  # batches: a longer fit is announced with the time and memory that it will take
 
 
@@ -169,6 +170,7 @@ def fit(
     private = {"heldout.csv": checkpoint.csv_text(["image", "score"], heldout)}
     if place is not None:
         start = time.perf_counter()
+        private[DATA] = f"{located(data)}\n"
         select = plan.select if plan else None
         private[seen.FILE] = seen.note(module, select, getattr(model, "pairs", []), run.progress)
         seconds["seen"] = round(time.perf_counter() - start, 2)

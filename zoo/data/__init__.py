@@ -178,6 +178,14 @@ def files_digest(spec: DataSpec, further: bool = False) -> str | None:
     return None
 
 
+def located(spec: str) -> str:
+    """DATA as it is found from any working folder of this machine: with its path, if it has one, absolute."""
+    if root := miic_folder(spec):
+        return f"miic:{root}"
+    path = user_path(spec)
+    return str(absolute(path)) if path.exists() else spec
+
+
 def miic_folder(spec: str) -> Path | None:
     """DIR of `miic:DIR`, absolute; None if DATA is another thing.
 
