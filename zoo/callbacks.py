@@ -31,6 +31,20 @@ class MaxSteps(L.Callback):
         trainer.should_stop = trainer.should_stop or module.steps_taken >= self.steps
 
 
+class LowerRates(L.Callback):
+    """Scales the learning rates of all optimisers, before the first step and before a checkpoint restores them."""
+
+    def __init__(self, scale: float):
+        self.scale = scale
+
+    def on_fit_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        for group in (group for optimizer in trainer.optimizers for group in optimizer.param_groups):
+            for key in {"lr", "initial_lr"} & group.keys():
+                group[key] *= self.scale
+        for config in trainer.lr_scheduler_configs:
+            config.scheduler.base_lrs = [rate * self.scale for rate in config.scheduler.base_lrs]
+
+
 class NotFinite(ZooError):
     """A loss or gradient that is not a number; the module holds its last good state, that of `step`."""
 
@@ -179,19 +193,34 @@ class KeepBest(L.Callback):
         batches: gives these images, each process its share.
         every: steps between two measurements.
         say: told a line.
+        patience: measurements in a row that are no better than the best, after which the fit ends; None: it goes on.
+            A fit that may end early is one of a fitted model, whose weights are measured too, as those of step 0.
 
     Attributes:
         step, value: of the best, so far.
     """
 
-    def __init__(self, rule: str, batches: Callable[[], Iterable[list[Batch]]], every: int, say: Callable[[str], None]):
-        self.rule, self.batches, self.every, self.say = rule, batches, every, say
-        self.step, self.value, self.last = 0, math.nan, 0
+    def __init__(
+        self,
+        rule: str,
+        batches: Callable[[], Iterable[list[Batch]]],
+        every: int,
+        say: Callable[[str], None],
+        patience: int | None = None,
+    ):
+        self.rule, self.batches, self.every, self.say, self.patience = rule, batches, every, say, patience
+        self.step, self.value, self.last, self.worse = 0, math.nan, 0, 0
         self.state: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: L.Trainer, module: AnomalyModule) -> None:
+        if self.patience and not module.steps_taken:
+            self._measure(trainer, module)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: AnomalyModule, *_: Any) -> None:
         if module.steps_taken >= self.last + self.every:
             self._measure(trainer, module)
+            if self.patience and self.worse >= self.patience:
+                trainer.should_stop = True
 
     def on_train_end(self, trainer: L.Trainer, module: AnomalyModule) -> None:
         if module.steps_taken > self.last:
@@ -204,7 +233,9 @@ class KeepBest(L.Callback):
             exchange(module, self.state)
             module.last_weights = self.state
         self.state = {}
-        self.say(f"Kept step {self.step}: {self._name()} {self.value:.4g}.")
+        early = f" The fit ended at step {module.steps_taken}." if self.patience and self.worse >= self.patience else ""
+        before = " (the weights that it began with)" if self.patience and not self.step else ""
+        self.say(f"Kept step {self.step}{before}: {self._name()} {self.value:.4g}.{early}")
 
     def _name(self) -> str:
         return "mean map of held-out normals" if self.rule == "normal" else self.rule
@@ -220,8 +251,10 @@ class KeepBest(L.Callback):
             value = (_mean_map if self.rule == "normal" else self._metric)(module, self.batches())
         module.train()
         if not self.state or (value < self.value if self.rule == "normal" else value > self.value):
-            self.step, self.value = module.steps_taken, value
+            self.step, self.value, self.worse = module.steps_taken, value, 0
             self.state = _learned_state(module)
+        else:
+            self.worse += 1
 
     def _metric(self, module: AnomalyModule, batches: Iterable[list[Batch]]) -> float:
         metrics = AnomalyMetrics().to(module.device)
@@ -235,7 +268,7 @@ class KeepBest(L.Callback):
         return found[self.rule]
 
     def state_dict(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("step", "value", "last", "state")}
+        return {key: getattr(self, key) for key in ("step", "value", "last", "worse", "state")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)

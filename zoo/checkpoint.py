@@ -37,12 +37,13 @@ KEYS = {
     "preprocessing": dict,
     "precision": Precision,
     "selection": Selection | None,
+    "stands_for": float | None,
     "calibration": dict | None,
     "learned": dict[str, list[int]],
     "backbone": Backbone | None,
     "weights_sha256": str,
 }
-SINCE = ("selection",)  # keys that models of before don't have
+SINCE = ("selection", "stands_for")  # keys that models of before don't have
 
 
 class Damaged(ZooError):

@@ -12,7 +12,7 @@ from typing import Literal
 from zoo import checkpoint, hub
 from zoo.cli_calibrate import calibrate
 from zoo.cli_data import DATA_USAGE, data
-from zoo.cli_fit import fit
+from zoo.cli_fit import finetune, fit
 from zoo.cli_hub import export, import_, publish, release
 from zoo.cli_predict import predict
 from zoo.data import FORMS, check_data
@@ -40,6 +40,7 @@ USAGE = f"""usage: zoo COMMAND [--help]
   zoo evaluate NAME --data DATA
   zoo predict NAME PATH... --out DIR   heatmaps, masks, CSV and JSON
   zoo calibrate NAME --data DATA --false-alarm-rate 0.01
+  zoo finetune NAME --data DATA --name NEW
   zoo publish NAME --to ORG/REPO       model, card and record, to the hub or a mirror of it
   zoo benchmark --data DATA            all methods, three seeds: Table 3, Figures 1 and 2, a page
   zoo release --data DATA --to ORG     the same, and a calibrated model of each; to the hub with --yes
@@ -214,6 +215,7 @@ COMMANDS = {
     "quickstart": quickstart,
     "list": list_,
     "fit": fit,
+    "finetune": finetune,
     "evaluate": evaluate,
     "predict": predict,
     "calibrate": calibrate,

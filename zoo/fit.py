@@ -1,36 +1,18 @@
 """Fit a model on normal images, with default thresholds from those that are held out."""
 
-import math
-import time
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
-from datasets import DatasetDict
-
-from zoo import checkpoint, hub, record, seen
-from zoo.calibrate import calibrate_on_heldout
-from zoo.callbacks import NotFinite
-from zoo.data import DataSpec, check_data, encoded, load_data, load_ignore, load_pairs, located, store
-from zoo.data.datamodule import AnomalyDataModule
-from zoo.data.halves import SEED, validation_half
+from zoo import checkpoint, hub
+from zoo.data import check_data
 from zoo.errors import ZooError
-from zoo.estimate import Estimate, estimate
-from zoo.evaluation import described
+from zoo.fitting import Keeping, learn
 from zoo.methods import create_model, method_id, presets, signature
 from zoo.module import AnomalyModule
 from zoo.nn.features import weights_at_hand
-from zoo.pairs import apart_from
-from zoo.ranks import launched
-from zoo.resume import Unfinished, checkpoint_to_resume
 from zoo.run import DataOptions, RunOptions, device_of, plan_training
-from zoo.trainer import ending, first_speaks, make_trainer, quiet, say_broken
-from zoo.training import kept, trained, training
-from zoo.view import LEAST_TILE, View
-
-DATA = "data.txt"  # in `private/`: the DATA of the fit, on this machine
-LONG = 10  # batches: a longer fit is announced with the time and memory that it will take
+from zoo.trainer import first_speaks
+from zoo.view import LEAST_TILE
 
 
 def choose_preset(method: str, preset: str | None, arguments: dict[str, Any]) -> str:
@@ -88,193 +70,15 @@ def fit(
     """
     run, arguments = first_speaks(run or RunOptions()), arguments or {}
     method = method_id(method)
-    place = hub.model_place(name, home) if name is not None else None
-    if place is not None:
-        checkpoint.check_place(place)
+    if name is not None:
+        checkpoint.check_place(hub.model_place(name, home))
     preset = choose_preset(method, preset, arguments)
     device_of(run.device)
     spec = check_data(data)
-    if not spec.counts["train"][0]:
-        raise ZooError(f"--data {data} has no normal images to fit on; put some into train/good or good.")
     model = create_model(method, preset, **arguments)
     model.precision = run.precision
     options = DataOptions(**(presets(method, preset).get("data", {}) | (data_options or {})))
     plan = plan_training(method, preset, trainer_options or {})
-    model.plan = asdict(plan) if plan else {}
-    if plan and plan.accumulate > 1 and not model.automatic_optimization:
-        raise ZooError(f"{method} takes several steps of its own on a batch; leave --accumulate out.")
     if options.tile == 0:
         raise ZooError(f"--tile is at least {LEAST_TILE} pixels, not 0; leave it out to fit on whole images.")
-    by_metric = plan is not None and plan.select not in ("last", "normal")
-    module = AnomalyDataModule(
-        validation_half(load_data(spec), plan.select) if by_metric else _train_only(spec),
-        input_size=model.size,
-        seed=model.hparams.seed,
-        fingerprint=spec.fingerprint,
-        use_defects=model.uses_defects,
-        view=View(options.resize, options.crop, tile=options.tile),
-        ignore=load_ignore(spec, options.ignore, run.say),
-        **options.loading(),
-    )
-    model.view = _of_originals(module.look(options.info_bar, options.intensity), spec)
-    _say_view(model.view, run)
-    wanted = _takes_pairs(method) and not arguments.get("inpainting_pairs")
-    own = wanted and _give_pairs(model, spec, module, run)
-    needs = _announce(model, module, run, memory_limit)
-    callbacks: list[L.Callback] = []
-    limits = {"max_epochs": 1}
-    if plan is not None:
-        limits, callbacks = training(plan, module, run)
-    path = unfinished = None
-    if name is not None:
-        unfinished = Unfinished(hub.unfinished_place(name, home), checkpoint_minutes, run.say)
-        path = checkpoint_to_resume(unfinished.path, resume, run)
-        callbacks.append(unfinished)
-    start = time.perf_counter()
-    with quiet(), ending("fit", "; the same command with --resume goes on" if name else ""):
-        trainer = make_trainer(run, callbacks, **limits)
-        try:
-            trainer.fit(model, datamodule=module, ckpt_path=path, weights_only=True)
-        except NotFinite as error:
-            if unfinished is not None and trainer.is_global_zero:
-                unfinished.path.unlink(missing_ok=True)  # going on from there would end here again
-            raise kept(error, model, place and unfinished.path.with_name("last-good")) from None
-    model.eval()
-    own_seconds = time.perf_counter() - start
-    seconds = {"fit": round(own_seconds + (unfinished.spent if unfinished else 0.0), 2)}
-    start = time.perf_counter()
-    heldout = calibrate_on_heldout(model, module, trainer.strategy.root_device)
-    seconds["held_out"] = round(time.perf_counter() - start, 2)
-    defects = module.num_defects if model.uses_defects else 0
-    result = {
-        "method": method,
-        "configuration": {"preset": preset, "model": model.kept_arguments(), "data": options.kept()},
-        "seed": model.hparams.seed,
-        "precision": run.precision,
-        "train_data": described(spec)
-        | {"images": module.num_images - defects, "defects": defects}
-        | ({"tiles": module.num_train_images} if options.tile else {})
-        | {"held_out": len(heldout), "broken": len(module.broken)}
-        | model.further_sources()
-        | ({"pairs_of": spec.name} if own else {}),
-        "seconds": seconds,
-        "peak_memory_mb": record.peak_memory_mb(),
-        **record.peak_device_memory(trainer.strategy.root_device),
-        "processes": trainer.world_size,
-        **record.environment(trainer.strategy.root_device),
-    }
-    if needs is not None:
-        result["estimate"] = {"seconds": round(needs.seconds, 1), "memory_mb": round(needs.bytes / 2**20, 1)}
-    if path is not None:
-        result["resumed"] = True  # the seconds are those of all processes, up to the checkpoints that were gone on from
-    private = {"heldout.csv": checkpoint.csv_text(["image", "score"], heldout)}
-    if place is not None:
-        start = time.perf_counter()
-        private[DATA] = f"{located(data)}\n"
-        select = plan.select if plan else None
-        private[seen.FILE] = seen.note(module, select, getattr(model, "pairs", []), run.progress)
-        seconds["seen"] = round(time.perf_counter() - start, 2)
-    if plan is not None:
-        result["configuration"]["trainer"] = asdict(plan)
-        result["training"] = trained(trainer, module, own_seconds)
-        if by_metric:
-            model.selection = {
-                "metric": plan.select,
-                "fingerprint": spec.origin,
-                "seed": SEED,
-                "test": spec.counts["test"],
-            }
-            names = module.test_set.with_format(None)["path"]
-            private["selection.csv"] = checkpoint.csv_text(["image"], [[name] for name in names])
-    if module.broken:
-        private["broken.csv"] = checkpoint.csv_text(["image", "reason"], module.broken)
-    say_broken(module, run)
-    model.record = result
-    if place is not None and trainer.is_global_zero:
-        model.folder = model.save_pretrained(place, private=private)
-        unfinished.discard()
-    return model, result
-
-
-def _of_originals(view: View, spec: DataSpec) -> View:
-    """The view for images as they are predicted: of a prepared set, for those that it was made from."""
-    if spec.kind != "store" or view.info_bar == "none":
-        return view
-    source = store.read_index(spec.path)["source"]
-    kept = source.get("info_bar") == "none"  # the store has the bars in it
-    return replace(view, info_bar="none", bars=()) if kept else view.with_bars(source.get("bars", ()))
-
-
-def _say_view(view: View, run: RunOptions) -> None:
-    view.say_bars(run.say)
-    if view.low is not None:
-        unit = "" if view.floats else " of the full scale"
-        run.say(f"Black is {view.low:.4g} and white {view.high:.4g}{unit}, from percentiles of the training images.")
-        if not view.floats and view.low <= 0 and view.high >= 1:
-            run.say("That is the full scale: text of an info bar, or clipped pixels, may be among them.")
-
-
-def _train_only(spec: DataSpec) -> DatasetDict:
-    """The data set with the test split empty: it is neither opened nor checked."""
-    data = load_data(spec)
-    return DatasetDict(train=data["train"], test=data["test"].select([]))
-
-
-def _takes_pairs(method: str) -> bool:
-    return "inpainting_pairs" in signature(method)
-
-
-def _give_pairs(model: AnomalyModule, spec: DataSpec, module: AnomalyDataModule, run: RunOptions) -> bool:
-    """Let a model learn from the pairs of its data set, those left out whose clean image is held out."""
-    found = load_pairs(spec)
-    model.pairs = apart_from(found, encoded(spec, module.holdout_set)) if found else []
-    if model.pairs:
-        apart = len(found) - len(model.pairs)
-        more = f"; {apart:,} more are left out, whose clean images are held out" if apart else ""
-        run.say(f"What to paint over is learned from {len(model.pairs):,} pairs of {spec.name}{more}.")
-    elif found or spec.kind in ("store", "parquet", "hub"):
-        run.say(f"This copy of {spec.name} has no pairs to learn from at hand: corruptions are made instead.")
-    return bool(model.pairs)
-
-
-def _announce(
-    model: AnomalyModule, module: AnomalyDataModule, run: RunOptions, memory_limit: float | None
-) -> Estimate | None:
-    """Say what is about to be done, and what it will need where that is worth asking.
-
-    Raises:
-        ZooError: more memory than the limit.
-    """
-    rank, world, _ = launched()
-    world = world if world > 1 else run.devices
-    images, held = module.num_images, len(module.holdout_set) or "none"
-    defects = module.num_defects if model.uses_defects else 0
-    images -= defects
-    about = f"Fitting {model.method} on {images} normal image{'s' * (images != 1)} ({held} held out)"
-    if module.view.tile:
-        about += f" in {module.num_train_images:,} tiles"
-    if model.uses_defects and not defects:
-        raise ZooError(
-            "--supervised true needs labelled defects in train/<kind>, with masks in train_masks/<kind> or none."
-        )
-    if defects:
-        about += f" and {defects} labelled defects"
-    elif module.num_defects and not rank:
-        cure = "; --supervised true learns from them" if "supervised" in model.hparams else ""
-        run.say(f"Only normal images are learned from: {module.num_defects} labelled defects are left out{cure}.")
-    long = module.num_train_images >= LONG * module.batch_size
-    if memory_limit and model.learns_by_gradient:
-        raise ZooError("--memory-limit can't be reckoned for a method that learns by gradient; leave it out.")
-    if rank or model.learns_by_gradient or not (long or memory_limit):
-        run.say(f"{about}.")
-        return None
-    least = model.estimate_memory(math.ceil(images / world), world)  # known without a look at a batch
-    needs = estimate(model, module, device_of(run.device), world) if least <= (memory_limit or math.inf) else None
-    if memory_limit and (needs is None or needs.bytes > memory_limit):
-        need = f"at least {least / 1e9:.1f} GB"
-        if needs:
-            need = f"about {needs.bytes / 1e9:.1f} GB ({(needs.bytes - least) / 1e9:.1f} for libraries and a batch)"
-        limit = f"--memory-limit {memory_limit / 1e9:.3g}GB"
-        raise ZooError(f"This fit needs {need}, more than {limit}; lower --batch-size{model.memory_options}.")
-    run.say(f"{about}: {needs}.")
-    return needs
+    return learn(model, data, spec, options, plan, run, Keeping(name, home, resume, checkpoint_minutes), memory_limit)

@@ -135,6 +135,16 @@ class Benchmark(TypedDict):
     date: NotRequired[str]
 
 
+class Parent(TypedDict):
+    """What a model was before it was fine-tuned."""
+
+    weights_sha256: str
+    name: NotRequired[str]
+    hub: NotRequired[str]
+    train_data: NotRequired[Learned]
+    checked: NotRequired[bool]
+
+
 class Record(TypedDict, total=False):
     """What `results.json` is read for; it may hold more."""
 
@@ -142,6 +152,8 @@ class Record(TypedDict, total=False):
     metrics: dict[str, float]
     test_data: Tested
     train_data: Learned
+    parent: Parent
+    ancestors: list[Parent]
     readings: dict[str, Reading]
     other_scores: dict[str, dict[str, float]]
     protocol: Protocol

@@ -40,6 +40,9 @@ class LearningModule(L.LightningModule):
     Attributes:
         num_train_images: set before the first `observe`.
         precision: Lightning's, as the fit was asked for.
+        continues: whether a fit goes on from what was learned before, statistics included.
+        parent_share: weight of these statistics among those of the fit, in (0, 1); None: one of an image for each.
+        stands_for: images (or tiles) that the statistics stand for, of methods that add them up.
     """
 
     memory_options: ClassVar[str] = ""  # options that lower the memory of a fit, as they end a sentence
@@ -56,6 +59,13 @@ class LearningModule(L.LightningModule):
         self.precision = "32-true"
         self.told: dict[str, Tensor] = {}  # what the present step has logged
         self.last_weights: dict[str, Tensor] = {}  # those of the last step, where another one was kept
+        self.continues, self.parent_share = False, None
+        self.stands_for: float | None = None
+
+    @property
+    def learns_statistics(self) -> bool:
+        """Whether it gathers statistics that may be gone on with."""
+        return hasattr(self, "observe")
 
     @property
     def learns_by_gradient(self) -> bool:
@@ -164,9 +174,19 @@ class LearningModule(L.LightningModule):
         if self.learns_by_gradient:
             if self.num_train_images // self.trainer.world_size < self.pass_length:  # a batch would be empty
                 raise ZooError("There are too few images for so many processes; take fewer of them, or larger batches.")
-            if hasattr(self, "observe") and not all(b.numel() for b in self.buffers(recurse=False)):
+            self._recall()
+            learned = all(b.numel() for b in self.buffers(recurse=False))
+            if hasattr(self, "observe") and (not learned or (self.continues and not self.steps_taken)):
                 self._first_pass()
             self.train()
+        elif not self.observed:
+            self._recall()
+
+    def _recall(self) -> None:
+        """Begin a fit that goes on from another one with the statistics of that; one process has them."""
+        if self.continues and self.learns_statistics and not self.steps_taken and not ranks.rank_and_world()[0]:
+            with torch.no_grad():
+                self.recall(self.parent_share)
 
     def _first_pass(self) -> None:
         """Gather statistics with the untrained network, before the first step of its training."""
@@ -236,6 +256,27 @@ class LearningModule(L.LightningModule):
 
     def forget(self) -> None:
         """Drop what `observe` has gathered; what was learned before stays."""
+
+    def recall(self, share: float | None = None) -> None:
+        """Gather what was learned before, as if `observe` had just seen it; the reverse of `finish`.
+
+        Args:
+            share: its weight among all that will be observed, `num_train_images` more; None: as many images as it was.
+        """
+        raise NotImplementedError
+
+    def images_before(self, share: float | None) -> float:
+        """Images that statistics of before count as, for `recall`.
+
+        Raises:
+            ZooError: it is not known how many they are of.
+        """
+        if share is not None:
+            return self.num_train_images * share / (1 - share)
+        if self.stands_for is None:
+            text = f"It isn't recorded how many images this {self.method} learned from"
+            raise ZooError(f"{text}; fine-tune it with --parent-share 0.5.")
+        return self.stands_for
 
     def on_save_checkpoint(self, ckpt: dict[str, Any]) -> None:
         rank, world = ranks.rank_and_world()

@@ -115,6 +115,7 @@ class AnomalyModule(LearningModule):
         self.preset: str | None = None
         self.folder: Path | None = None  # that it was loaded from, or saved to by its fit
         self.record: dict[str, Any] | None = None  # of its fit and evaluation, which its card states
+        self.notes: dict[str, str] = {}  # private files of a model that was updated
         self.selection: dict[str, Any] | None = None  # metric, data, seed and size of what chose the weights
         self.view, self._other_tiles = View(), False
         self.metrics = AnomalyMetrics()
@@ -321,6 +322,19 @@ class AnomalyModule(LearningModule):
         verdict = f"{words} ({known.in_words(score)})"
         return Prediction(score, map, known.p_value(score), anomalous, verdict, regions)
 
+    # ---- learning further --------------------------------------------------------------------------------------------
+
+    def update(
+        self, images: Any = (), remove: Any = (), *, names: Sequence[str] | None = None, batch_size: int = 8
+    ) -> None:
+        """Learn further normal images, or take images out, without a refit: of `padim`, `patchcore` and `cfa`.
+
+        Arguments and errors are those of `zoo.updating.update`.
+        """
+        from zoo.updating import update
+
+        update(self, images, remove, names, batch_size)
+
     # ---- keeping -----------------------------------------------------------------------------------------------------
 
     def kept_arguments(self) -> dict[str, Any]:
@@ -348,6 +362,7 @@ class AnomalyModule(LearningModule):
             },
             "precision": self.precision,
             "selection": self.selection,
+            "stands_for": self.stands_for,
             "calibration": self.calibration.to_dict() if self.calibration else None,
             "backbone": self.features.source if hasattr(self, "features") else None,
         }
@@ -365,6 +380,9 @@ class AnomalyModule(LearningModule):
             raise ValueError(f"{what} is missing, unknown, or not that of the method and its arguments")
         self.view = View.stored(given)
         self.preset, self.precision, self.selection = config["preset"], config["precision"], config.get("selection")
+        self.stands_for = config.get("stands_for")
+        if self.stands_for is not None and not 0 < self.stands_for < math.inf:
+            raise ValueError("stands_for, a number of images, is above 0")
         self.calibration = None if config["calibration"] is None else stored(config["calibration"])
         if hasattr(self, "features"):
             self.features.source = config["backbone"]
@@ -398,7 +416,7 @@ class AnomalyModule(LearningModule):
         extra = {checkpoint.CARD: render_card(config, record)}
         if record:
             extra[checkpoint.RECORD] = checkpoint.dump(record)
-        private = {"state.json": checkpoint.dump(self.private_state())} | (private or {})
+        private = {"state.json": checkpoint.dump(self.private_state())} | self.notes | (private or {})
         extra |= {f"private/{k}": v for k, v in private.items()}
         place = checkpoint.save(folder, self, config, extra, self.last_weights)
         if push_to_hub:

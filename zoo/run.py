@@ -13,6 +13,9 @@ if TYPE_CHECKING:  # imported on use
     import torch
 
 BATCH = 32  # images a batch, where no preset says otherwise
+# Of fine-tuning: steps, share of the learning rates, tenths of the steps without progress after which it ends, and
+# weight of what the parent has gathered.
+STEPS, LR_SCALE, PATIENCE, SHARE = 100, 0.1, 3, 0.5
 
 
 @dataclass
@@ -86,13 +89,21 @@ class TrainerOptions:
 
     `max_steps` counts optimiser steps, of `accumulate` batches each, and decides where it is set beside `max_epochs`.
     `select` is "last", "normal" (lowest mean map of held-out normals) or a metric on the validation half of the test
-    split, which `evaluate` then leaves out.
+    split, which `evaluate` then leaves out. A model that is fine-tuned learns at `lr_scale` times its rates, and stops
+    after `patience` tenths of the steps in a row that were no better than the best before.
     """
 
     max_epochs: int | None = None
     max_steps: int | None = None
     accumulate: int = 1
     select: str = "last"
+    lr_scale: float = 1.0
+    patience: int | None = None
+
+    def kept(self) -> dict[str, Any]:
+        """As records and checkpoints keep them; what is of fine-tuning alone is left out elsewhere."""
+        usual = {"lr_scale": 1.0, "patience": None}
+        return {key: value for key, value in asdict(self).items() if key not in usual or value != usual[key]}
 
 
 def check_select(rule: str) -> None:
@@ -117,7 +128,15 @@ def plan_training(method: str, preset: str, given: dict[str, Any]) -> TrainerOpt
         return None
     if given.keys() & {"max_steps", "max_epochs"}:  # what is asked for decides, not what the preset says
         planned = {key: value for key, value in planned.items() if key not in ("max_steps", "max_epochs")}
-    plan = TrainerOptions(**(planned | given))
+    return checked(TrainerOptions(**(planned | given)))
+
+
+def checked(plan: TrainerOptions) -> TrainerOptions:
+    """The plan, if it is one.
+
+    Raises:
+        ZooError: a value of no use.
+    """
     check_select(plan.select)
     if min(n for n in (plan.accumulate, plan.max_epochs, plan.max_steps) if n is not None) < 1:
         raise ZooError("--max-steps, --max-epochs and --accumulate are at least 1.")

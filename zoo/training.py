@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning as L
 
-from zoo.callbacks import PARTS, Finite, KeepBest, Losses, MaxSteps, NotFinite
+from zoo.callbacks import PARTS, Finite, KeepBest, Losses, LowerRates, MaxSteps, NotFinite
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.errors import ZooError
 from zoo.module import AnomalyModule
@@ -29,7 +29,9 @@ def training(
         if plan.select == "normal" and not len(module.holdout_set):
             raise ZooError("--select normal needs held-out normal images; give more normals, or take --select last.")
         seen = module.holdout_dataloader if plan.select == "normal" else module.test_dataloader
-        callbacks.append(KeepBest(plan.select, seen, max(1, steps // PARTS), run.say))
+        callbacks.append(KeepBest(plan.select, seen, max(1, steps // PARTS), run.say, plan.patience))
+    if plan.lr_scale != 1:
+        callbacks.append(LowerRates(plan.lr_scale))
     return {"max_epochs": epochs, "accumulate_grad_batches": plan.accumulate}, callbacks
 
 

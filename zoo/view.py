@@ -23,7 +23,7 @@ from zoo.sem import Sem, bar_of_set, find_bar, read_sem
 if TYPE_CHECKING:
     from torch import Tensor
 
-INFO_BARS, INTENSITIES = ("auto", "none"), ("full", "percentile")
+INFO_BARS, INTENSITIES = ("auto", "none"), ("full", "percentile", "keep")
 SAMPLE = 32  # images of a set that are looked at
 PIXELS = 2**16  # of each of them
 TAILS = 0.001  # share of the pixels below and above the percentiles
@@ -230,7 +230,8 @@ def look_at(view: View, images: Sequence[Any], info_bar: str, intensity: str) ->
         images: of the set, as `zoo.image.read_image` takes them; some `SAMPLE` of them suffice.
         info_bar: "auto" or "none".
         intensity: "full" keeps the full scale of integers; "percentile" takes the 0.1 % and 99.9 % percentiles of all
-            their pixels together, and a tenth more on both sides, as black and white of all images.
+            their pixels together, and a tenth more on both sides, as black and white of all images; "keep" leaves the
+            view's own, of a model that is fine-tuned.
 
     Raises:
         ZooError: another word, bars of several heights, images of a single grey, or floats and integers together.
@@ -246,7 +247,9 @@ def look_at(view: View, images: Sequence[Any], info_bar: str, intensity: str) ->
             sizes[image_size(image)].append(image)
         bars = [(*size, bar_of_set(found)) for size, found in sorted(sizes.items())]
         view = replace(view, info_bar="auto", bars=tuple(bars))
-    return view if intensity == "full" else _on_percentiles(view, images)
+    if intensity == "percentile":
+        return _on_percentiles(view, images)
+    return view if intensity == "keep" else replace(view, low=None, high=None, floats=False)
 
 
 def _on_percentiles(view: View, images: Sequence[Any]) -> View:

@@ -108,6 +108,19 @@ def load_data(spec: str | DataSpec) -> "DatasetDict":
     return store.load_store(spec.path) if spec.kind == "store" else folder.load_folder(spec.path)
 
 
+def image_of(data: str, name: str) -> Any:
+    """One image of a DATA specification by its name, encoded or as an array.
+
+    Raises:
+        ZooError: as `load_data`, or there is no image of this name.
+    """
+    for rows in load_data(data).values():
+        names = rows.with_format(None)["path"]
+        if name in names:
+            return rows[names.index(name)]["image"]
+    raise ZooError(f"{data} has no image {name}.")
+
+
 def load_pairs(spec: DataSpec) -> list[Pair]:
     """The set's own pairs of abnormal and clean images to train on; none where it has none at hand.
 

@@ -94,34 +94,45 @@ class CFA(AnomalyModule):
         channels = sum(self.features.channels)
         if gamma_d > channels:
             raise ZooError(f"--gamma-d is at most {channels}, the channels of {backbone}, not {gamma_d}.")
-        with seeded(seed, 0):
-            self.descriptor = nn.Conv2d(channels + 2, channels // gamma_d, 1)
+        self.descriptor = self._untrained()
         self.radius = nn.Parameter(torch.tensor(radius))
         self.register_buffer("bank", torch.empty(0, channels // gamma_d))  # (P, D) one vector for each position
         self.forget()
 
-    def describe(self, images: Tensor) -> Tensor:
+    def _untrained(self) -> nn.Conv2d:
+        channels = sum(self.features.channels)
+        with seeded(self.hparams.seed, 0):
+            return nn.Conv2d(channels + 2, channels // self.hparams.gamma_d, 1)
+
+    def describe(self, images: Tensor, descriptor: nn.Module | None = None) -> Tensor:
         """Images (B, C, H, W) -> patch descriptors on the grid of the first layer (B, D, h, w)."""
         maps = [F.avg_pool2d(m, 3, stride=1, padding=1) for m in self.features(self.prepare(images))]
         grid = maps[0].shape[-2:]
         joined = torch.cat([resize_map(m, grid) for m in maps], 1)
         rows, columns = (torch.linspace(-1, 1, n, dtype=joined.dtype, device=joined.device) for n in grid)
         place = torch.stack(torch.meshgrid(rows, columns, indexing="ij")).expand(joined.shape[0], -1, -1, -1)
-        return self.descriptor(torch.cat([joined, place], 1))
+        return (descriptor or self.descriptor)(torch.cat([joined, place], 1))
 
     # ---- the bank: one pass of the untrained descriptor -------------------------------------------------------------
 
-    def observe(self, batch: Batch) -> None:
-        maps = self.describe(batch.image)
+    def observe(self, batch: Batch, sign: int = 1) -> None:
+        """Add to the sums over images; with sign -1, take away. A bank that is there was made untrained, too."""
+        untrained = self._untrained().to(self.device) if self.bank.numel() else None
+        maps = self.describe(batch.image, untrained)
         positions, wanted = maps[0, 0].numel(), self.hparams.attracted + self.hparams.repelled
         if positions < wanted:
             raise ZooError(f"--attracted and --repelled want {wanted} bank vectors; this input size gives {positions}.")
-        self.total = self.total + maps.double().sum(0).flatten(1).T  # (P, D)
-        self.count += len(maps)
+        self.total = self.total + sign * maps.double().sum(0).flatten(1).T  # (P, D)
+        self.count += sign * len(maps)
 
     def finish(self) -> None:
         self.bank = (self.total / self.count).float().contiguous()
+        self.stands_for = self.count
         self.forget()
+
+    def recall(self, share: float | None = None) -> None:
+        self.count = self.images_before(share)
+        self.total = self.count * self.bank.double()
 
     def fit_state(self) -> dict[str, Any]:
         return {"total": self.total, "count": self.count}

@@ -92,15 +92,15 @@ class PaDiM(AnomalyModule):
         joined = torch.cat([F.interpolate(m.float(), self.grid, mode="nearest") for m in maps], 1)
         return joined[:, self.subset].flatten(2).permute(2, 0, 1).contiguous()
 
-    def observe(self, batch: Batch) -> None:
-        """Add to the sums over images of x and of x x^T."""
+    def observe(self, batch: Batch, sign: int = 1) -> None:
+        """Add to the sums over images of x and of x x^T; with sign -1, take away."""
         x = self.embed(batch.image)  # (P, B, d)
         parts = x.split(self._part())
         if not self.moments:
             self.moments = [self._zeros(part) for part in parts]
-        self.count += x.shape[1]
+        self.count += sign * x.shape[1]
         for part, sums in zip(parts, self.moments, strict=True):
-            self._add(part, sums)
+            self._add(part, sums, sign)
 
     def _part(self) -> int:
         """Positions that share a tensor: 40 MB of sums, so that the memory goes back to the system when it is freed."""
@@ -122,14 +122,14 @@ class PaDiM(AnomalyModule):
         flat = sums.split([count * math.prod(shape) for shape in shapes])
         return [x.view(count, *shape) for x, shape in zip(flat, shapes, strict=True)]
 
-    def _add(self, part: Tensor, sums: Tensor) -> None:
+    def _add(self, part: Tensor, sums: Tensor, sign: int = 1) -> None:
         part = part.double()  # (p, B, d)
         total, *rows = self._views(sums)
-        total += part.sum(1)
+        total += sign * part.sum(1)
         end = 0
         for row in rows:
             first, end = end, row.shape[2]
-            row.baddbmm_(part[..., first:end].mT, part[..., :end])
+            row.baddbmm_(part[..., first:end].mT, part[..., :end], alpha=sign)
 
     def finish(self) -> None:
         """Sums -> means and whitening factors, some positions at a time; the sums are freed on the way."""
@@ -144,6 +144,7 @@ class PaDiM(AnomalyModule):
                 where = slice(first, first + len(chunk))
                 self.center[where], self.whitening[where] = self._learn(total[chunk], [row[chunk] for row in rows])
                 first += len(chunk)
+        self.stands_for = self.count
         self.forget()
 
     def _learn(self, total: Tensor, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -154,6 +155,24 @@ class PaDiM(AnomalyModule):
         scatter = lower.sub_(torch.einsum("pi,pj->pij", total, mean))
         factor = torch.linalg.cholesky(scatter / max(self.count - 1, 1) + self.hparams.ridge * eye)  # reads the lower
         return mean, torch.linalg.solve_triangular(factor, eye, upper=False)
+
+    def recall(self, share: float | None = None) -> None:
+        """Means and whitening factors -> the sums that give them, as far as float32 has kept these."""
+        self.count = self.images_before(share)
+        eye = torch.eye(self.dims, dtype=torch.float64, device=self.center.device)
+        for center, whitening in zip(*(x.split(self._part()) for x in (self.center, self.whitening)), strict=True):
+            self.moments.append(self._zeros(center))
+            total, *rows = self._views(self.moments[-1])
+            total += self.count * center.double()  # (p, d)
+            for where in torch.arange(len(center), device=center.device).split(math.ceil(2e6 / self.dims**2)):
+                factor = torch.linalg.solve_triangular(whitening[where].double(), eye, upper=False)  # (q, d, d)
+                covariance = factor @ factor.mT - self.hparams.ridge * eye
+                mean = center[where].double()
+                lower = covariance * max(self.count - 1, 1) + self.count * torch.einsum("pi,pj->pij", mean, mean)
+                end = 0
+                for row in rows:
+                    first, end = end, row.shape[2]
+                    row[where] = lower[:, first:end, :end]
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
         x = self.embed(images) - self.center[:, None]  # (P, B, d)

@@ -25,6 +25,8 @@ from zoo.nn.features import FeatureExtractor
 from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
 from zoo.nn.precision import full_precision
 
+UNKNOWN = ("", 0, 0)  # origin of vectors of a model that came without names
+
 PRESETS = {
     "original": {
         "model": {"coreset_ratio": 0.1, "project_to": 128},
@@ -94,6 +96,7 @@ class PatchCore(AnomalyModule):
         self.names: list[str] = []  # of the images seen
         self.stream = StreamingCoreset(bank_size, working_set * bank_size, seed)
         self.kept: list[tuple[Tensor, Tensor]] = []  # all vectors and their source (image, row, column), for a ratio
+        self.recalled = 0  # of these, vectors of an earlier bank
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> patch vectors on the grid of the first layer (B, D, h, w)."""
@@ -130,14 +133,47 @@ class PatchCore(AnomalyModule):
             self.bank, source = self.stream.finish()
         else:
             vectors, source = self._joined()
-            size = max(1, round(self.hparams.coreset_ratio * len(vectors)))
+            new = len(vectors) - self.recalled
+            size = max(1, self.recalled + round(self.hparams.coreset_ratio * new))
             chosen, _ = greedy_coreset(vectors, size, seed=self.hparams.seed, project_to=self.hparams.project_to)
             self.bank, source = vectors[chosen], source[chosen]
         self.origin = [(self.names[image], row, column) for image, row, column in source.tolist()]
         self.forget()
 
+    def recall(self, share: float | None = None) -> None:
+        """The bank's vectors become the first candidates; with a share, so much of `bank_size` of them at most."""
+        bank, origin, most = self.bank, self.origin or [UNKNOWN] * len(self.bank), len(self.bank)
+        if share is not None:
+            most = min(most, max(1, round(share * self.hparams.bank_size)))
+        if most < len(bank):
+            chosen, _ = greedy_coreset(bank, most, seed=self.hparams.seed)
+            bank, origin = bank[chosen], [origin[i] for i in chosen.tolist()]
+        self.names = list(dict.fromkeys(name for name, *_ in origin))
+        number = {name: i for i, name in enumerate(self.names)}
+        source = torch.tensor([[number[name], row, column] for name, row, column in origin]).to(bank.device)
+        if self.hparams.coreset_ratio is None:
+            with full_precision(bank):
+                self.stream.add(bank, source)
+        else:
+            self.kept, self.recalled = [(bank, source)], len(bank)
+
+    def exclude(self, name: str) -> bool:
+        """Take the vectors of an image out of the bank; False where it has none.
+
+        Raises:
+            ZooError: it is not known which image each vector came from, or none would be left.
+        """
+        if not self.origin:
+            raise ZooError("The bank came without the names of its images, so that none can be removed by name.")
+        kept = [i for i, (image, *_) in enumerate(self.origin) if image != name]
+        if not kept:
+            raise ZooError(f"All vectors of the bank are of {name}; add other images first.")
+        found = len(kept) < len(self.origin)
+        self.bank, self.origin = self.bank[kept], [self.origin[i] for i in kept]
+        return found
+
     def forget(self) -> None:
-        self.names, self.kept = [], []
+        self.names, self.kept, self.recalled = [], [], 0
         self.stream = StreamingCoreset(self.stream.size, self.stream.working_set, self.hparams.seed)
 
     def _joined(self) -> tuple[Tensor, Tensor]:
@@ -200,10 +236,11 @@ class PatchCore(AnomalyModule):
         return (self.size[0] // stride) * (self.size[1] // stride)
 
     def fit_state(self) -> dict[str, Any]:
-        return {"names": self.names, "kept": self.kept, "stream": self.stream.state_dict()}
+        state = {"names": self.names, "kept": self.kept, "recalled": self.recalled}
+        return state | {"stream": self.stream.state_dict()}
 
     def load_fit_state(self, state: dict[str, Any]) -> None:
-        self.names, self.kept = state["names"], state["kept"]
+        self.names, self.kept, self.recalled = state["names"], state["kept"], state.get("recalled", 0)
         self.stream.load_state_dict(state["stream"])
 
     def merge_fit_state(self, state: dict[str, Any]) -> None:
