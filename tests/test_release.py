@@ -424,8 +424,8 @@ def test_a_data_set_on_the_hub_names_models_where_anybody_may_see_it(monkeypatch
     options = {"repo": "lab/lot-7", "revision": "0" * 40}
     spec = DataSpec("hub", "lot 7", "f" * 64, {"train": [9, 0], "test": [2, 2]}, options)
     planned = release.Release(Plan("hub:lab/lot-7", ["padim"], Path("out")), "fab", push=True)
-    monkeypatch.setattr("zoo.remote.is_open", lambda repo: repo == "lab/lot-7")
+    monkeypatch.setattr("zoo.remote.is_open", lambda repo, kind: (repo, kind) == ("lab/lot-7", "dataset"))
     assert release._prefix(planned, spec) == "lot-7" and release._is_open(spec)
-    monkeypatch.setattr("zoo.remote.is_open", lambda repo: False)
+    monkeypatch.setattr("zoo.remote.is_open", lambda repo, kind: False)
     with pytest.raises(ZooError, match="would be public; say by --prefix"):
         release._prefix(planned, spec)

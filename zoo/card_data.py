@@ -42,23 +42,31 @@ def public_name(data: dict[str, Any]) -> str | None:
 def licence(config: dict[str, Any], record: dict[str, Any]) -> dict[str, str]:
     """`license` of the weights, with name and link where it is none of the usual ones; {} where nothing is known.
 
-    What was learned from comes first: MIIC's terms, those of a data set on the hub, or their owner's. Weights that were
-    learned from images that the zoo draws are under Apache-2.0, unless they hold a backbone of another licence.
+    What was learned from comes first, before a fine-tuning too: MIIC's terms, their owner's, or those of a data set on
+    the hub. Weights that were learned from images that the zoo draws are under Apache-2.0, unless they hold a backbone
+    of another licence.
     """
-    data = record.get("train_data")
-    if not data:
+    learned = learned_from(record)
+    if not record.get("train_data"):
         return {}
-    name = public_name(data)
-    if name in SEM:
+    if any(public_name(data) in SEM for data in learned):
         return {"license": "other", "license_name": "non-commercial-research-only", "license_link": MIIC_DOI}
-    if has_foreign_pairs(data):
+    if any(has_foreign_pairs(data) or not (public_name(data) or data.get("hub")) for data in learned):
         return {"license": "other", "license_name": "owner-of-the-data"}
-    if name:
-        return _licence_with(config.get("backbone"))
-    if repo := data.get("hub"):
+    if repo := next((data["hub"] for data in learned if not public_name(data)), None):
         link = f"https://huggingface.co/datasets/{repo.partition('@')[0]}"
         return {"license": "other", "license_name": "terms-of-the-data-set", "license_link": link}
-    return {"license": "other", "license_name": "owner-of-the-data"}
+    return _licence_with(config.get("backbone"))
+
+
+def lineage(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a record tells of the models before, the nearest first."""
+    return [*([record["parent"]] if "parent" in record else []), *record.get("ancestors", [])]
+
+
+def learned_from(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a record tells of all data that weights were learned from; {} where that is not known."""
+    return [record.get("train_data", {}), *(parent.get("train_data", {}) for parent in lineage(record))]
 
 
 def _licence_with(backbone: dict[str, Any] | None) -> dict[str, str]:
@@ -86,19 +94,22 @@ def front_matter(config: dict[str, Any], record: dict[str, Any], name: str) -> s
     """
     from huggingface_hub import ModelCardData
 
-    data = record.get("train_data", {})
-    known = public_name(data)
+    learned = learned_from(record)
+    known = {public_name(data) for data in learned}
     tags = ["zoo", "anomaly-detection", config["method"].replace("_", "-"), "pytorch-lightning"]
-    tags += ["sem", "semiconductor"] if known in SEM else []
-    tags += ["synthetic"] if known in ("synthetic", "miic-replica") else []
-    hub = data.get("hub", "").partition("@")[0]  # MIIC has no place of its owner's there; a bare name is anybody's
+    tags += ["sem", "semiconductor"] if known & {*SEM} else []
+    tags += ["synthetic"] if known & {"synthetic", "miic-replica"} else []
+    # MIIC has no place of its owner's there; a bare name is anybody's
+    hubs = list(dict.fromkeys(data["hub"].partition("@")[0] for data in learned if data.get("hub")))
+    base = next((parent["hub"].partition("@")[0] for parent in lineage(record)[:1] if parent.get("hub")), None)
     found = _model_index(record)
     return ModelCardData(
         library_name="zoo",
         pipeline_tag=TASK,
         tags=tags,
         **licence(config, record),
-        datasets=[hub] if hub else None,
+        datasets=hubs or None,
+        **({"base_model": base, "base_model_relation": "finetune"} if base else {}),
         **({"model_name": name, "eval_results": found} if found else {}),
     ).to_yaml()
 

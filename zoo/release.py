@@ -166,7 +166,7 @@ def _is_open(spec: DataSpec) -> bool:
     """Whether anybody may see the data on the hub."""
     from zoo.remote import is_open
 
-    return spec.kind == "hub" and is_open(spec.options["repo"])
+    return spec.kind == "hub" and is_open(spec.options["repo"], "dataset")
 
 
 def _slug(name: str) -> str:
@@ -253,7 +253,7 @@ def _staged(
                 shutil.rmtree(left, ignore_errors=True)
         ready, why = _ready(release, method, runs, say)
         repo, spec = f"{release.org}/{name}", check_data(release.plan.data)
-        return stage(ready, release.out / MODELS / name, repo, is_open=lambda data: _is_open(spec)), why
+        return stage(ready, release.out / MODELS / name, repo, is_open=lambda repo, kind: _is_open(spec)), why
 
 
 def _ready(release: Release, method: str, runs: Sequence[str], say: Callable[[str], None]) -> tuple[Path, str | None]:

@@ -322,11 +322,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def is_open(data: str) -> bool:
-    """Whether somebody without a token may see a data set on the hub; False where that can't be told."""
+def is_open(repo: str, kind: str) -> bool:
+    """Whether somebody without a token may see a "dataset" or a "model"; False where that can't be told, or of ""."""
     try:
-        ask = partial(HfApi().dataset_info, data, token=False, timeout=TIMEOUT)
-        return not constants.HF_HUB_OFFLINE and not within(PATIENCE, ask).private
+        ask = partial(HfApi().repo_info, repo, repo_type=kind, token=False, timeout=TIMEOUT)
+        return bool(repo) and not constants.HF_HUB_OFFLINE and not within(PATIENCE, ask).private
     except (errors.HTTPError, ValueError, OSError):  # a name that is told by mistake can't be taken back
         return False
 
