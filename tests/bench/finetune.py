@@ -2,11 +2,11 @@
 
     python tests/bench/finetune.py --boards FOLDER --out tests/bench/finetune.json [--methods ...] [--seeds 0 1]
 
-Each method (preset lite) is fitted on 220 synthetic images in the style "metal". Then, on 20 images of the style "fine"
+Each method (preset lite) is fitted on 240 synthetic images in the style "metal". Then, on 20 images of the style "fine"
 and on 20 of DeepPCB (an MVTec-style folder with masks), 5 of which are held out: the model as it was is evaluated, a
 model that is fitted on the 20 from scratch by the same steps as the first one, and one that is fine-tuned as `zoo
-finetune` does by default; of methods with statistics also one in which each image counts once (--parent-share null). The
-seed draws the 20 images, the weights and what is held out. Steps are 40 % of the preset's. Images are seen at 224
+finetune` does by default; of methods with statistics also one in which each image counts once (--parent-share null).
+The seed draws the 20 images, the weights and what is held out. Steps are 40 % of the preset's. Images are seen at 224
 pixels, by methods without a backbone at 128 or 64. Runs are added to the record.
 """
 
@@ -38,7 +38,7 @@ FIGURES = ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_aupro")
 
 def write_boards(source, seed, out):
     """A folder with 20 of the normal boards to learn from, and the test images."""
-    images = sorted((source / "train" / "good").glob("*.png"))
+    images = sorted((source / "train" / "good").iterdir())
     (out / "train" / "good").mkdir(parents=True)
     for i in np.random.default_rng(seed).permutation(len(images))[:IMAGES]:
         shutil.copy(images[i], out / "train" / "good")
