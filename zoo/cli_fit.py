@@ -128,7 +128,7 @@ def finetune(argv: list[str]) -> None:
     parser.add_argument("--name", type=str | None, default=None, help="name of the new model in the local registry")
     parser.add_argument(
         "--remove",
-        type=list[str],
+        type=str,
         default=[],
         nargs="+",
         help="images to take out of what padim, patchcore or cfa has learned: names in its data, or files",
