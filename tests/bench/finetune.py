@@ -2,11 +2,11 @@
 
     python tests/bench/finetune.py --boards FOLDER --out tests/bench/finetune.json [--methods ...] [--seeds 0 1]
 
-Each method (preset lite) is fitted on 240 synthetic images in the style "metal". Then, on 20 images of the style "fine"
+Each method (preset lite) is fitted on 180 synthetic images in the style "metal". Then, on 20 images of the style "fine"
 and on 20 of DeepPCB (an MVTec-style folder with masks), 5 of which are held out: the model as it was is evaluated, a
 model that is fitted on the 20 from scratch by the same steps as the first one, and one that is fine-tuned as `zoo
 finetune` does by default; of methods with statistics also one in which each image counts once (--parent-share null).
-The seed draws the 20 images, the weights and what is held out. Steps are 40 % of the preset's. Images are seen at 224
+The seed draws the 20 images, the weights and what is held out. Steps are 30 % of the preset's. Images are seen at 224
 pixels, by methods without a backbone at 128 or 64. Runs are added to the record.
 """
 
@@ -29,10 +29,10 @@ from zoo.methods import list_methods, presets
 from zoo.run import RunOptions
 
 SIZES = {"fanogan": 64, "ganomaly": 128, "iad_inpainting": 128, "riad": 128}  # else 224
-SHARE_OF_STEPS = 0.4
+SHARE_OF_STEPS = 0.3
 IMAGES, HELD = 20, 5
-PARENT = "synthetic:train=240,good=20,defect=20,size=256,seed={seed}"
-FINE = "synthetic:train=20,good=60,defect=60,size=256,style=fine,seed={seed}"
+PARENT = "synthetic:train=180,good=1,defect=1,size=224,seed={seed}"
+FINE = "synthetic:train=20,good=40,defect=40,size=224,style=fine,seed={seed}"
 FIGURES = ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_aupro")
 
 
