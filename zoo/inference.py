@@ -223,7 +223,7 @@ def _predict_files(
                     break
         predictions = model.predict_brought(brought.values(), batch_size)
         for (name, image), prediction in zip(brought.items(), predictions, strict=True):
-            found.rows[name] = _row(name, images[name], image, prediction, model, out)
+            found.rows[name] = row_of(name, images[name], image, prediction, model, out)
             if stated and prediction.is_anomalous is None:
                 found.other_size.append(str(images[name]))
             if model.view.low is not None and model.view.off_scale(image.image) > OFF_SCALE:
@@ -232,10 +232,21 @@ def _predict_files(
             raise ZooError(f"{str(failure).rstrip('.')}; --skip-broken leaves such images out") from failure
 
 
-def _row(
+def row_of(
     name: str, path: Path, image: "Brought", prediction: "Prediction", model: "AnomalyModule", out: Path
 ) -> dict[str, Any]:
-    """What the lists say of an image, whose pictures are written."""
+    """What the lists say of an image; its heatmap and its mask are written on the way.
+
+    Args:
+        name: relative and unique, as from `find_images`; the pictures are `heatmaps/NAME.png` and `masks/NAME.png`.
+        path: of the image's file, as the lists name it.
+        image: as `AnomalyModule.bring` gave it.
+        prediction: of that image, as `AnomalyModule.predict_brought` gave it.
+        out: folder of the pictures.
+
+    Returns:
+        The keys of `COLUMNS`, `pixel_nm` and `regions`, plain JSON values; a model without any threshold has no mask.
+    """
     from zoo import plots
 
     regions = prediction.regions
