@@ -87,9 +87,9 @@ class Found:
     other_size: list[str] = field(default_factory=list)  # than the rate was stated for
     off_scale: list[str] = field(default_factory=list)  # pixels beyond the black and white of the set
 
-    def lines(self, model: "AnomalyModule") -> Iterator[str]:
+    def lines(self, model: "AnomalyModule", with_broken: bool = True) -> Iterator[str]:
         """What is said of them."""
-        yield from (f"Left out: {reason}" for _, reason in self.broken)
+        yield from (f"Left out: {reason}" for _, reason in self.broken if with_broken)
         if self.other_size:
             sizes = ", ".join(f"{width} x {height}" for height, width in model.calibration.sizes)
             yield (
