@@ -115,8 +115,10 @@ def _settings(model: AnomalyModule, name: str, ignore_masks: bool) -> dict[str, 
     settings["Image threshold"] = f"{known.image_threshold:.6g}"
     settings["Pixel threshold"] = f"{known.pixel_threshold:.6g}"
     settings["Smallest region"] = f"{known.min_area} px"
-    rate = f"{100 * known.false_alarm_rate:.4g} % at most, with {100 * known.confidence:.4g} % confidence"
-    settings["False-alarm rate"] = rate if known.calibrated else "none stated"
+    settings["False-alarm rate"] = "none stated"
+    if known.calibrated:
+        sure = f"with {100 * known.confidence:.4g} % confidence"
+        settings["False-alarm rate"] = f"{100 * known.false_alarm_rate:.4g} % at most, {sure}"
     return settings | {"Normal images behind the thresholds": f"{len(known.scores):,}"}
 
 
@@ -190,9 +192,14 @@ def _region(number: int, region: dict[str, Any], nm: float | None) -> dict[str, 
     about |= {"area": region["area"], "peak": f"{region['peak']:.6g}", "p_value": f"{region['p_value']:.4g}"}
     if nm is not None:
         unit, scale, square = ("µm", 1e3, "µm²") if max(right - left, bottom - top) * nm >= 1000 else ("nm", 1, "nm²")
-        about["size"] = f"{(right - left) * nm / scale:.4g} × {(bottom - top) * nm / scale:.4g} {unit}"
-        about["real_area"] = f"{region['area'] * (nm / scale) ** 2:.4g} {square}"
+        about["size"] = f"{_plain((right - left) * nm / scale)} × {_plain((bottom - top) * nm / scale)} {unit}"
+        about["real_area"] = f"{_plain(region['area'] * (nm / scale) ** 2)} {square}"
     return about
+
+
+def _plain(value: float) -> str:
+    """Four digits that count, without an exponent."""
+    return f"{float(f'{value:.4g}'):,.10g}"
 
 
 def _evidence(

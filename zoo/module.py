@@ -96,7 +96,7 @@ class Evidence(NamedTuple):
 
     name: str
     box: tuple[float, float, float, float]
-    cell: tuple[int, int, int, int]
+    cell: tuple[float, float, float, float]
     distance: float
 
 

@@ -202,7 +202,7 @@ class PatchCore(AnomalyModule):
         with full_precision(vector):
             distance, index = nearest(vector, self.bank, 1)
         name, j, i = self.origin[int(index)]
-        cell = (top + y * height // h, left + x * width // w, top + (y + 1) * height // h, left + (x + 1) * width // w)
+        cell = (top + y * height / h, left + x * width / w, top + (y + 1) * height / h, left + (x + 1) * width / w)
         return Evidence(name, (j / h, i / w, (j + 1) / h, (i + 1) / w), cell, float(distance))
 
     def probe(self, batch: Batch) -> None:
