@@ -140,9 +140,7 @@ def test_the_table_is_that_of_predictions_json(scored):
         assert float(p_value) == pytest.approx(row["p_value"], rel=1e-3)
         assert int(regions) == row["num_regions"] and row["verdict"].startswith(verdict)
     order = [(rows[line[1]]["p_value"], -rows[line[1]]["score"]) for line in lines]
-    assert order == sorted(order) and {"square", "tif"} == {
-        k for k, v in NAMES.items() if v in lines[0][1] + lines[1][1]
-    }
+    assert order == sorted(order) and all(name in lines[0][1] + lines[1][1] for name in NAMES.values())
 
 
 def test_regions_are_those_of_predictions_json(scored):
@@ -151,15 +149,11 @@ def test_regions_are_those_of_predictions_json(scored):
     tables = iter(page.tables[:-1])
     for row in (row for row in ranked if row["regions"]):
         head, *lines = next(tables)
-        assert len(lines) == row["num_regions"]
+        assert head[:3] == ["no.", "peak at x, y (px)", "size (px)"] and len(lines) == row["num_regions"]
         for number, (line, region) in enumerate(zip(lines, row["regions"], strict=True), start=1):
-            line, (top, left, bottom, right) = (
-                dict(zip(head[:3], line[:3], strict=True)) | {"rest": line[3:]},
-                region["box"],
-            )
-            assert line["no."] == str(number) and line["size (px)"] == f"{right - left} × {bottom - top}"
-            assert line["peak at x, y (px)"] == f"{region['position'][1]}, {region['position'][0]}"
-            *sizes, peak, p_value = line["rest"]
+            (top, left, bottom, right), (y, x) = region["box"], region["position"]
+            assert line[:3] == [str(number), f"{x}, {y}", f"{right - left} × {bottom - top}"]
+            *sizes, peak, p_value = line[3:]
             assert float(peak) == pytest.approx(region["peak"], rel=1e-5)
             assert float(p_value) == pytest.approx(region["p_value"], rel=1e-3)
             if row["pixel_nm"] is None:
@@ -261,7 +255,7 @@ def test_crops_are_of_the_training_image(tile, mvtec, tmp_path, monkeypatch):
     files = dict(zip(data["path"], data["image"], strict=True))
     tiles = tiles_of((96, 96), tile or 96)
     cell, checked = (tile or 96) / 8, 0
-    for name, row, column in model.origin[::20]:
+    for name, row, column in model.origin[::4]:
         image = model.bring(files[name])
         middle = (int((row + 0.5) * cell), int((column + 0.5) * cell))
         places = [(t.rows.start + middle[0], t.columns.start + middle[1]) for t in tiles]
@@ -271,7 +265,7 @@ def test_crops_are_of_the_training_image(tile, mvtec, tmp_path, monkeypatch):
             assert pair.name == name and (pair.found.pixels == pair.normal.pixels).all()
             assert pair.found.box == pytest.approx(pair.normal.box)
             checked += 1
-    assert checked >= 5
+    assert checked >= 10
 
 
 def test_crops_keep_to_the_image():
