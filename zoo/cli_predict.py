@@ -55,14 +55,15 @@ def predict(argv: list[str]) -> int:
         lines.append("The rate was stated with ignore masks, and may not hold without them; give --ignore.")
     for line in lines:
         print(line)
-    if not launched()[0]:  # of several processes the first one writes
-        if options.report:
-            notes = [*found.lines(model, with_broken=False), *lines[1:]]
-            _write_report(options, model, hub.name_of(folder), found, notes, ignore is not None)
-        if options.klarf:
-            station = (model.method.replace("_", "-"), config["weights_sha256"][:12])
-            write_klarf(user_path(options.klarf), rows, labels, hub.name_of(folder), station)
-            print(f"The KLARF file is {options.klarf}.")
+    if launched()[0]:  # of several processes the first one writes, and ends with the code that counts
+        return 0
+    if options.report:
+        notes = [*found.lines(model, with_broken=False), *lines[1:]]
+        _write_report(options, model, hub.name_of(folder), found, notes, ignore is not None)
+    if options.klarf:
+        station = (model.method.replace("_", "-"), config["weights_sha256"][:12])
+        write_klarf(user_path(options.klarf), rows, labels, hub.name_of(folder), station)
+        print(f"The KLARF file is {options.klarf}.")
     return _exit_code(options.fail_on, found)
 
 
