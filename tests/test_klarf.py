@@ -95,7 +95,7 @@ def test_what_is_not_known_is_not_made_up(tmp_path):
     path = tmp_path / "x.klarf"
     with pytest.raises(ZooError, match=r"b\.png; give --pixel-nm"):
         written(path, [row("a.png"), row("b.png", nm=None)])
-    with pytest.raises(ZooError, match=r"b\.png has a size for which no rate was stated"):
+    with pytest.raises(ZooError, match=r"no regions of b\.png as no rate was stated"):
         written(path, [row("a.png"), row("b.png") | {"regions": None}])
     with pytest.raises(ZooError, match="no image could be read"):
         written(path, [])
@@ -153,6 +153,17 @@ def test_from_the_command_line(images, tmp_path, capsys):
     assert str(file) in capsys.readouterr().out
     shown = [line for line in file.read_text().splitlines() if line.startswith("TiffFileName")]
     assert shown[0] == 'TiffFileName "images/a 0.tif";' and len(shown) == 4
+
+
+def test_what_is_not_looked_at_is_no_inspected_area(images, tmp_path):
+    mask = np.zeros((96, 96), np.uint8)
+    mask[:24] = 255
+    Image.fromarray(mask).save(tmp_path / "ignore.png")
+    command = ("predict", "m", images / "a 0.tif", "--out", tmp_path / "out", "--klarf", tmp_path / "x.klarf")
+    assert run(*command, "--ignore", tmp_path / "ignore.png") == 0
+    (one,) = json.loads((tmp_path / "out/predictions.json").read_text())["images"]
+    assert one["looked_at"] == 72 * 96
+    assert f"AreaPerTest {72 * 96 * 0.0025**2:.10e};" in (tmp_path / "x.klarf").read_text()
 
 
 def test_a_pixel_size_that_some_files_lack(images, tmp_path, capsys):

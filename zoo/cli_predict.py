@@ -16,8 +16,6 @@ from zoo.ranks import launched
 if TYPE_CHECKING:  # imported on use: arguments are checked before torch is loaded
     from zoo.module import AnomalyModule
 
-ANOMALIES, REGIONS = "anomalies", "regions"
-
 
 def predict(argv: list[str]) -> int:
     """Score images; the exit code that `--fail-on` asks for."""
@@ -105,7 +103,7 @@ def _check_output_options(options: Any, config: dict[str, Any]) -> Labels:
         raise ZooError(f"--klarf {options.klarf} is a folder; name a file in it.")
     if options.pixel_nm is not None and not 0 < options.pixel_nm < math.inf:
         raise ZooError(f"--pixel-nm is the side of a pixel in nm, above 0, not {options.pixel_nm:g}.")
-    asked = "--klarf" if options.klarf else "--fail-on regions" if options.fail_on == REGIONS else None
+    asked = "--klarf" if options.klarf else "--fail-on regions" if options.fail_on == "regions" else None
     if asked:
         _check_regions(asked, options, config)
     elif options.fail_on and config["calibration"] is None:
@@ -151,16 +149,15 @@ def _exit_code(fail_on: str | None, found: Found) -> int:
     if fail_on is None:
         return 0
     rows = found.rows.values()
-    if fail_on == REGIONS:
-        failed, unjudged = sum(bool(row["num_regions"]) for row in rows), [r for r in rows if r["num_regions"] is None]
+    if fail_on == "anomalies":
+        failed, what, unjudged = sum(row["verdict"].startswith("anomalous") for row in rows), "called anomalous", []
     else:
-        failed, unjudged = sum(row["verdict"].startswith("anomalous") for row in rows), []
+        failed, what = sum(bool(row["num_regions"]) for row in rows), "with regions"
+        unjudged = [row["image"] for row in rows if row["num_regions"] is None]
     if failed:
-        what = "called anomalous" if fail_on == ANOMALIES else "with regions"
         print(f"Exit code 1, as --fail-on {fail_on} asks for: {failed} image{'s' * (failed != 1)} {what}.")
         return 1
-    left = [path for path, _ in found.broken] + [row["image"] for row in unjudged]
-    if left:
+    if left := [*(path for path, _ in found.broken), *unjudged]:
         raise ZooError(
             f"No image that was judged fails, but {len(left)} could not be judged, such as {left[0]}; mend or leave "
             "out what is named above, and score again."

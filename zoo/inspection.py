@@ -229,7 +229,8 @@ def _picture(pixels: np.ndarray, side: int = SIDE) -> str:
     """uint8 (H, W, 3) -> a data URI, of at most so many pixels a side."""
     image = Image.fromarray(pixels)
     image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    if (pixels == pixels[..., :1]).all():
+    shown = np.asarray(image)
+    if (shown == shown[..., :1]).all():
         image = image.convert("L")
     kind, how = ("png", {}) if max(image.size) <= LOSSLESS else ("jpeg", {"quality": 88})
     file = io.BytesIO()
@@ -270,8 +271,9 @@ def _write(path: Path, pieces: Iterator[str]) -> None:
             file.writelines(pieces)
         temporary.replace(path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise ZooError(f"{path} could not be written ({error}); nothing was changed.") from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @cache

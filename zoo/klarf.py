@@ -65,8 +65,8 @@ def check_rows(rows: Sequence[dict[str, Any]]) -> None:
         )
     if unjudged := [row["image"] for row in rows if row["regions"] is None]:
         raise ZooError(
-            f"No KLARF file is written: {_some(unjudged)} has a size for which no rate was stated, and so no regions; "
-            "leave out such images, or calibrate with images of that size (all other results are written)."
+            f"No KLARF file is written: there are no regions of {_some(unjudged)} as no rate was stated for images of "
+            "that size; leave them out, or calibrate with images of that size (all other results are written)."
         )
 
 
