@@ -38,7 +38,7 @@ USAGE = f"""usage: zoo COMMAND [--help]
   zoo list [PATTERN]                   methods and models, with their numbers
   zoo fit METHOD --data DATA --name NAME
   zoo evaluate NAME --data DATA
-  zoo predict NAME PATH... --out DIR   heatmaps, masks, CSV and JSON
+  zoo predict NAME PATH... --out DIR   heatmaps, masks, CSV and JSON; --report: a page, --klarf FILE
   zoo calibrate NAME --data DATA --false-alarm-rate 0.01
   zoo finetune NAME --data DATA --name NEW
   zoo publish NAME --to ORG/REPO       model, card and record, to the hub or a mirror of it
@@ -50,7 +50,7 @@ USAGE = f"""usage: zoo COMMAND [--help]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; a user's mistake is one sentence on stderr and exit code 2."""
+    """Run one command; its exit code, 2 for a user's mistake with one sentence on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s")
     if not argv or argv[0] in ("-h", "--help"):
@@ -63,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command is None:
             near = difflib.get_close_matches(argv[0], COMMANDS, n=1) or ["--help"]
             raise ZooError(f"There is no command {argv[0]!r}; did you mean zoo {near[0]}?")
-        command([with_dashes(token) for token in argv[1:]])
-        return 0
+        return command([with_dashes(token) for token in argv[1:]]) or 0
     except ZooError as error:
         text = str(error)
         print(f"zoo: {text}{'' if text.endswith(('.', '?')) else '.'}", file=sys.stderr)

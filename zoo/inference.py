@@ -80,16 +80,16 @@ def find_ignore(place: str | None, paths: Sequence[str | Path], images: dict[str
 
 @dataclass
 class Found:
-    """What a process has done of its share: rows by name, and images that are to be told of."""
+    """What was done, by a process of its share or by all together: rows by name, and images that are to be told of."""
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
-    broken: list[str] = field(default_factory=list)  # reasons
+    broken: list[tuple[str, str]] = field(default_factory=list)  # (path, reason) of what is left out
     other_size: list[str] = field(default_factory=list)  # than the rate was stated for
     off_scale: list[str] = field(default_factory=list)  # pixels beyond the black and white of the set
 
-    def lines(self, model: "AnomalyModule") -> Iterator[str]:
+    def lines(self, model: "AnomalyModule", with_broken: bool = True) -> Iterator[str]:
         """What is said of them."""
-        yield from (f"Left out: {reason}" for reason in self.broken)
+        yield from (f"Left out: {reason}" for _, reason in self.broken if with_broken)
         if self.other_size:
             sizes = ", ".join(f"{width} x {height}" for height, width in model.calibration.sizes)
             yield (
@@ -112,7 +112,8 @@ def predict_files(
     run: RunOptions,
     ignore: IgnoreMasks | None = None,
     tile: int | None = None,
-) -> list[dict[str, Any]]:
+    pixel_nm: float | None = None,
+) -> Found:
     """Score files and write `heatmaps/`, `masks/`, predictions.csv and predictions.json into a folder.
 
     Processes that were launched together (torchrun, srun) share the files; the first one writes the lists.
@@ -123,9 +124,10 @@ def predict_files(
         skip_broken: list an image that can't be read with the reason, instead of stopping.
         ignore: masks of what is not looked at, by the names of `images`.
         tile: as for `AnomalyModule.predict`.
+        pixel_nm: side of a pixel in nm of the images whose files don't tell it.
 
     Returns:
-        One row an image, with the keys of `COLUMNS`, `pixel_nm` and `regions`, in the order of `images`.
+        What was done, with one row an image, as `row_of` gives it, in the order of `images`.
 
     Raises:
         ZooError: a broken image, named; what was done before is written, or if that is nothing, nothing is.
@@ -139,23 +141,25 @@ def predict_files(
     with model.seen_in_tiles(tile):
         try:
             share = dict(list(images.items())[rank::world])
-            _predict_files(model, share, out, batch_size, ignore, skip_broken, run.progress and not rank, own)
+            _predict_files(model, share, out, batch_size, ignore, skip_broken, run.progress and not rank, own, pixel_nm)
         except BaseException as error:  # whatever stops it, what was done is listed
             failure = error
         parts = ranks.gather((own, None if failure is None else str(failure) or repr(failure)))
         found = Found(*(_joined([getattr(part, key.name) for part, _ in parts]) for key in fields(Found)))
-        done = [found.rows[name] for name in images if name in found.rows]
+        found.rows = {name: found.rows[name] for name in images if name in found.rows}
         for line in found.lines(model):
             run.say(line)
         reasons = [reason for _, reason in parts if reason is not None]
-        if rank == 0 and (done or not reasons):  # else an earlier run's lists stay
+        if rank == 0 and (found.rows or not reasons):  # else an earlier run's lists stay
             about = {"ignore_masks": ignore is not None, "tile": model.view.tile}
-            _write_lists(out, done, {"method": model.method, "calibration": _thresholds(model), **about})
+            about["broken"] = [{"image": path, "reason": reason} for path, reason in found.broken]
+            about = {"method": model.method, "calibration": _thresholds(model)} | about
+            _write_lists(out, list(found.rows.values()), about)
     if failure is not None:
         raise failure
     if reasons:
         raise ZooError(reasons[0])
-    return done
+    return found
 
 
 def closing_lines(model: "AnomalyModule", rows: list[dict[str, Any]], out: Path, tile: int | None) -> Iterator[str]:
@@ -203,6 +207,7 @@ def _predict_files(
     skip_broken: bool,
     progress: bool,
     found: Found,
+    pixel_nm: float | None,
 ) -> None:
     """Score this process's files; `found` fills as they are done."""
     from rich.progress import track
@@ -215,15 +220,16 @@ def _predict_files(
         brought, failure = {}, None
         for name in chunk:
             try:
-                brought[name] = model.bring(images[name], ignore.of(name) if ignore else None)
+                image = model.bring(images[name], ignore.of(name) if ignore else None)
+                brought[name] = image._replace(pixel_nm=pixel_nm if image.pixel_nm is None else image.pixel_nm)
             except ZooError as error:
-                found.broken += [str(error)] if skip_broken else []
+                found.broken += [(str(images[name]), str(error))] if skip_broken else []
                 if not skip_broken:
                     failure = error
                     break
         predictions = model.predict_brought(brought.values(), batch_size)
         for (name, image), prediction in zip(brought.items(), predictions, strict=True):
-            found.rows[name] = _row(name, images[name], image, prediction, model, out)
+            found.rows[name] = row_of(name, images[name], image, prediction, model, out)
             if stated and prediction.is_anomalous is None:
                 found.other_size.append(str(images[name]))
             if model.view.low is not None and model.view.off_scale(image.image) > OFF_SCALE:
@@ -232,10 +238,24 @@ def _predict_files(
             raise ZooError(f"{str(failure).rstrip('.')}; --skip-broken leaves such images out") from failure
 
 
-def _row(
+def row_of(
     name: str, path: Path, image: "Brought", prediction: "Prediction", model: "AnomalyModule", out: Path
 ) -> dict[str, Any]:
-    """What the lists say of an image, whose pictures are written."""
+    """What the lists say of an image; its heatmap and its mask are written on the way.
+
+    Args:
+        name: relative and unique, as from `find_images`; the pictures are `heatmaps/NAME.png` and `masks/NAME.png`.
+        path: of the image's file, as the lists name it.
+        image: as `AnomalyModule.bring` gave it.
+        prediction: of that image, as `AnomalyModule.predict_brought` gave it.
+        out: folder of the pictures.
+
+    Returns:
+        The keys of `COLUMNS`, `pixel_nm` and `regions`; `size` (height, width), `looked_at`, so many of its pixels, and
+        `peak` (row, column), where its map is highest. Plain JSON values; without any threshold there is no mask.
+    """
+    import numpy as np
+
     from zoo import plots
 
     regions = prediction.regions
@@ -243,12 +263,15 @@ def _row(
     row |= {"is_anomalous": prediction.is_anomalous, "verdict": prediction.verdict, "pixel_nm": prediction.pixel_nm}
     row["regions"] = None if regions is None else [region.described(prediction.pixel_nm) for region in regions]
     row["num_regions"] = None if regions is None else len(regions)
+    looked_at, map = image.looked_at(), prediction.map
+    peak = np.unravel_index(map.argmax(), map.shape)
+    row |= {"size": list(map.shape), "looked_at": int(looked_at.sum()), "peak": [int(i) for i in peak]}
     row |= {"heatmap": f"heatmaps/{name}.png", "mask": None}
-    shown = plots.overlay(model.view.shown(image.array), prediction.map, model.calibration)
+    shown = plots.overlay(model.view.shown(image.array), map, model.calibration)
     plots.save_png(out / row["heatmap"], shown)
     if model.calibration:
         row["mask"] = f"masks/{name}.png"
-        plots.save_png(out / row["mask"], plots.mask(prediction.map, model.calibration) & image.looked_at())
+        plots.save_png(out / row["mask"], plots.mask(map, model.calibration) & looked_at)
     return row
 
 

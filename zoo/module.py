@@ -83,6 +83,23 @@ class Prediction(NamedTuple):
     pixel_nm: float | None = None
 
 
+class Evidence(NamedTuple):
+    """What of the training images comes nearest to a place in an image.
+
+    Attributes:
+        name: of the training image, as its data set calls it.
+        box: (top, left, bottom, right) of its patch, in shares of the height and width of what the fit saw: the image
+            above the info bar, or one of its tiles.
+        cell: (top, left, bottom, right) of the patch around the place, in pixels of the image.
+        distance: between the two, as the method measures it.
+    """
+
+    name: str
+    box: tuple[float, float, float, float]
+    cell: tuple[float, float, float, float]
+    distance: float
+
+
 class AnomalyModule(LearningModule):
     """Base of all methods (one file each in `zoo/methods`).
 
@@ -140,6 +157,19 @@ class AnomalyModule(LearningModule):
             roi: (B, 1, H, W) bool, region of interest; the score of an image doesn't look outside.
         """
         return self(images, roi) if self.view.tile is None else Scores(*by_tiles(self, images, roi, self.view.tile))
+
+    def nearest_normal(self, image: Tensor, places: Sequence[tuple[int, int]]) -> list[Evidence] | None:
+        """For places in an image, the normal patch that each is nearest to, from the training images.
+
+        Args:
+            image: (1, C, H, W) as `bring` gives it.
+            places: (row, column) in its pixels.
+
+        Returns:
+            One for each place; None of a method that keeps no patches of images, or of a model that came without
+            `private/`, where it is noted which ones they were.
+        """
+        return None
 
     # ---- validation and test -----------------------------------------------------------------------------------------
 

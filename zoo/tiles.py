@@ -26,6 +26,11 @@ class Tile(NamedTuple):
     columns: slice
     core: tuple[slice, slice]
 
+    def knows(self, row: int, column: int) -> bool:
+        """Whether a place of the image lies in the core."""
+        places = zip((row, column), (self.rows, self.columns), self.core, strict=True)
+        return all(core.start <= place - side.start < core.stop for place, side, core in places)
+
 
 def corners(length: int, tile: int, overlap: float = OVERLAP) -> list[int]:
     """Where tiles begin that cover a side evenly, the first at 0 and the last ending at the end."""

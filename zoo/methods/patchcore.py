@@ -12,6 +12,7 @@ coreset is exact and of fixed size, through a bounded working set, so memory doe
 `original` has it).
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from zoo.errors import ZooError
-from zoo.module import AnomalyModule, Batch, Scores
+from zoo.module import AnomalyModule, Batch, Evidence, Scores
 from zoo.nn.coreset import StreamingCoreset, estimate_search, greedy_coreset, nearest
 from zoo.nn.features import FeatureExtractor
 from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
 from zoo.nn.precision import full_precision
+from zoo.tiles import Tile, tiles_of
 
 UNKNOWN = ("", 0, 0)  # origin of vectors of a model that came without names
 
@@ -210,6 +212,34 @@ class PatchCore(AnomalyModule):
         _, around = nearest(self.bank[index], self.bank, count)  # (B, count), the bank vector itself first
         distance = (vectors[:, None] - self.bank[around]).norm(dim=2)  # (B, count)
         return (1 - distance.softmax(1)[:, 0]) * (vectors - self.bank[index]).norm(dim=1)
+
+    @torch.inference_mode()
+    def nearest_normal(self, image: Tensor, places: Sequence[tuple[int, int]]) -> list[Evidence] | None:
+        if not self.origin:
+            return None
+        size = tuple(image.shape[-2:])
+        tiles = tiles_of(size, self.view.tile or max(size))
+        grids: dict[int, Tensor] = {}  # (D, h, w) of each tile that is asked for
+        found = []
+        for row, column in places:
+            number, tile = next((i, tile) for i, tile in enumerate(tiles) if tile.knows(row, column))
+            if number not in grids:
+                with self.autocast():
+                    grids[number] = self.embed(image[..., tile.rows, tile.columns].to(self.device))[0]
+            found.append(self._nearest_of(grids[number], tile, row, column))
+        return found
+
+    def _nearest_of(self, grid: Tensor, tile: Tile, row: int, column: int) -> Evidence:
+        """Of the vector in the grid (D, h, w) of a tile that stands for a place in the image."""
+        (h, w), (top, left) = grid.shape[-2:], (tile.rows.start, tile.columns.start)
+        height, width = tile.rows.stop - top, tile.columns.stop - left
+        y, x = (row - top) * h // height, (column - left) * w // width
+        vector = grid[:, y, x][None]  # (1, D)
+        with full_precision(vector):
+            distance, index = nearest(vector, self.bank, 1)
+        name, j, i = self.origin[int(index)]
+        cell = (top + y * height / h, left + x * width / w, top + (y + 1) * height / h, left + (x + 1) * width / w)
+        return Evidence(name, (j / h, i / w, (j + 1) / h, (i + 1) / w), cell, float(distance))
 
     def probe(self, batch: Batch) -> None:
         self.embed(batch.image)
