@@ -12,6 +12,7 @@ from typing import Literal
 from zoo import checkpoint, hub
 from zoo.cli_calibrate import calibrate
 from zoo.cli_data import DATA_USAGE, data
+from zoo.cli_drift import drift
 from zoo.cli_fit import fit
 from zoo.cli_hub import export, import_, publish, release
 from zoo.cli_predict import predict
@@ -40,6 +41,7 @@ USAGE = f"""usage: zoo COMMAND [--help]
   zoo evaluate NAME --data DATA
   zoo predict NAME PATH... --out DIR   heatmaps, masks, CSV and JSON
   zoo calibrate NAME --data DATA --false-alarm-rate 0.01
+  zoo drift NAME --data DATA           whether the threshold can be trusted for recent normal images
   zoo publish NAME --to ORG/REPO       model, card and record, to the hub or a mirror of it
   zoo benchmark --data DATA            all methods, three seeds: Table 3, Figures 1 and 2, a page
   zoo release --data DATA --to ORG     the same, and a calibrated model of each; to the hub with --yes
@@ -62,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if command is None:
             near = difflib.get_close_matches(argv[0], COMMANDS, n=1) or ["--help"]
             raise ZooError(f"There is no command {argv[0]!r}; did you mean zoo {near[0]}?")
-        command([with_dashes(token) for token in argv[1:]])
-        return 0
+        return command([with_dashes(token) for token in argv[1:]]) or 0
     except ZooError as error:
         text = str(error)
         print(f"zoo: {text}{'' if text.endswith(('.', '?')) else '.'}", file=sys.stderr)
@@ -217,6 +218,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "predict": predict,
     "calibrate": calibrate,
+    "drift": drift,
     "publish": publish,
     "benchmark": benchmark,
     "release": release,
