@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 from zoo import checkpoint, hub
 from zoo.calibration import check_stated, stored
 from zoo.data import FORMS, check_data
+from zoo.data.ignore import IgnoreMasks
 from zoo.errors import ZooError
 from zoo.options import add_ignore_option, add_loading_options, add_run_options, make_parser, parse, run_of
 from zoo.ranks import launched
@@ -45,6 +46,8 @@ def drift(argv: list[str]) -> int:
     known = stored(config["calibration"]) if config["calibration"] else None
     check_stated(known, options.precision or config["precision"], name)
     check_data(options.data)
+    if options.ignore:
+        IgnoreMasks(options.ignore)
 
     from zoo.drift import drift as check
     from zoo.tables import console

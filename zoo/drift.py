@@ -26,7 +26,7 @@ from zoo.data import check_data, load_data, load_ignore
 from zoo.evaluation import described
 from zoo.looks import FACTS
 from zoo.module import AnomalyModule
-from zoo.reference import Reference, read_reference
+from zoo.reference import Reference, as_kept, read_reference
 from zoo.run import DataOptions, RunOptions, device_of
 from zoo.trainer import first_speaks
 from zoo.twosample import energy_test, holm
@@ -212,11 +212,12 @@ def _exceedances(known: Calibration, scores: Sequence[float], levels: Sequence[f
 def _shifts(known: Calibration, reference: Reference | None, scores: Sequence[float], looks: np.ndarray) -> list[Shift]:
     found = [("scores", known.scores, scores)]
     if reference is not None:
-        found += [(what, reference.facts[:, i], looks[:, i]) for i, what in enumerate(FACTS)]
+        facts, features = as_kept(looks)
+        found += [(what, reference.facts[:, i], facts[:, i]) for i, what in enumerate(FACTS)]
     p_values = [stats.ks_2samp(before, now).pvalue for _, before, now in found]
     medians = [(what, float(np.median(before)), float(np.median(now))) for what, before, now in found]
     if reference is not None and reference.features.shape[1]:
-        p_values.append(energy_test(reference.features, looks[:, len(FACTS) :]))
+        p_values.append(energy_test(reference.features, features))
         medians.append(("features", None, None))
     return [Shift(*median, p_value) for median, p_value in zip(medians, holm(p_values).tolist(), strict=True)]
 

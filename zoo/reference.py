@@ -19,7 +19,8 @@ from zoo.errors import ZooError
 from zoo.looks import FACTS
 
 FILE = "reference.safetensors"
-LARGEST = 1000  # images whose looks are kept: 4 MB with the 1,792 channels of a WideResNet-50, 2 minutes of a test
+LARGEST = 1000  # images whose looks are kept: 4 MB with the 1,792 channels of a WideResNet-50
+HIGHEST = 65504  # of float16
 
 
 class Reference(NamedTuple):
@@ -28,7 +29,7 @@ class Reference(NamedTuple):
     Attributes:
         digests: of all of them, as `zoo.seen.digest` gives them.
         facts: (m, 5) float32, in the order of `zoo.looks.FACTS`.
-        features: (m, D) float32; D is 0 where the method has no frozen backbone.
+        features: (m, D) float16; D is 0 where the method has no frozen backbone.
     """
 
     digests: set[str]
@@ -36,9 +37,19 @@ class Reference(NamedTuple):
     features: np.ndarray
 
 
-def drawn(count: int, largest: int = LARGEST) -> np.ndarray:
+def as_kept(looks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Looks (n, 5 + D) -> facts (n, 5) float32, features (n, D) float16.
+
+    Later images are rounded likewise before they are compared: of a channel that hardly varies rounding alone would
+    else make a difference.
+    """
+    features = np.clip(looks[:, len(FACTS) :], -HIGHEST, HIGHEST)
+    return looks[:, : len(FACTS)].astype(np.float32), features.astype(np.float16)
+
+
+def drawn(count: int) -> np.ndarray:
     """Which of so many images are kept, ascending: all, or as many as may be, drawn by a seed."""
-    return np.sort(np.random.default_rng(0).permutation(count)[:largest])
+    return np.sort(np.random.default_rng(0).permutation(count)[:LARGEST])
 
 
 def write_reference(folder: Path, calibration: Calibration, digests: Sequence[str], looks: np.ndarray) -> None:
@@ -51,12 +62,9 @@ def write_reference(folder: Path, calibration: Calibration, digests: Sequence[st
     """
     from safetensors.numpy import save
 
-    rows = drawn(len(looks))
-    kept = {
-        "digests": np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 16),
-        "facts": looks[rows, : len(FACTS)].astype(np.float32),
-        "features": np.clip(looks[rows, len(FACTS) :], -65504, 65504).astype(np.float16),
-    }
+    known = np.frombuffer(bytes.fromhex("".join(digests)), np.uint8).reshape(-1, 16)
+    images, features = as_kept(looks[drawn(len(looks))])
+    kept = {"digests": known, "facts": images, "features": features}
     write_bytes(folder / "private" / FILE, save(kept, {"calibration": _identity(calibration)}))
 
 
@@ -79,7 +87,7 @@ def read_reference(folder: Path | None, calibration: Calibration) -> Reference |
             raise ValueError("other shapes")
     except (SafetensorError, OSError, ValueError) as error:
         raise ZooError(f"{path} can't be read ({error}); calibrate the model anew, with --data.") from error
-    return Reference({row.tobytes().hex() for row in digests}, facts, features.astype(np.float32))
+    return Reference({row.tobytes().hex() for row in digests}, facts, features)
 
 
 def _identity(calibration: Calibration) -> str:

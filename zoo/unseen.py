@@ -94,11 +94,16 @@ def unseen_normals(
 def _say_left_out(run: RunOptions, again: int, before: int, repeated: int, own: bool) -> None:
     if again:
         under = "under other names, the fit" if own else "the fit"
-        run.say(f"{again:,} images are left out: {under} or the selection has seen them.")
+        run.say(f"{_images(again)} left out: {under} or the selection has seen {'it' if again == 1 else 'them'}.")
     if before:
-        run.say(f"{before:,} images are left out: the model was calibrated on them.")
+        run.say(f"{_images(before)} left out: the model was calibrated on {'it' if before == 1 else 'them'}.")
     if repeated:
-        run.say(f"{repeated:,} images are copies of others; each counts once.")
+        copies = "a copy of another one" if repeated == 1 else "copies of others"
+        run.say(f"{_images(repeated)} {copies}; each counts once.")
+
+
+def _images(count: int) -> str:
+    return "1 image is" if count == 1 else f"{count:,} images are"
 
 
 def _normals(rows: Dataset) -> Dataset:

@@ -1,9 +1,9 @@
 """How often `zoo drift` says that something has changed where nothing has, and how often where something has.
 
-A model is fitted on some synthetic normal images, and scores and looks at 3,000 others, which are taken for all there
+A model is fitted on some synthetic normal images, and scores and looks at 2,000 others, which are taken for all there
 are. Of these 300 are drawn to calibrate at 1 %, and n others as recent images, so that nothing has changed: anything
 but "trusted" (or "too few") is a false alarm of the check, of which 1 % are allowed, 1.6 % with two standard errors of
-1,000 draws. Then the recent images are drawn of 400 images of another seed, each with one change.
+1,000 draws. Then the recent images are drawn of 300 images of another seed, each with one change.
 
 python tests/bench/drift.py --out tests/bench/drift.json
 """
@@ -28,14 +28,14 @@ from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.drift import LEVEL, compare
 from zoo.fit import fit
-from zoo.looks import FACTS, Watch
+from zoo.looks import Watch
 from zoo.record import environment
-from zoo.reference import Reference
+from zoo.reference import Reference, as_kept
 
 METHODS = {"padim": ({"input_size": 128}, None), "ganomaly": ({"input_size": 64}, {"max_steps": 60})}
-FITTED, POPULATION = "synthetic:train=150,size=128,seed=0", "synthetic:train=3000,size=128,seed=1"
-RECENT = "synthetic:train=400,size=128,seed=2"
-RATE, CALIBRATED, SIZES, NULL_DRAWS, DRAWS = 0.01, 300, (20, 50, 100, 300), 250, 60
+FITTED, POPULATION = "synthetic:train=150,size=128,seed=0", "synthetic:train=2000,size=128,seed=1"
+RECENT = "synthetic:train=300,size=128,seed=2"
+RATE, CALIBRATED, SIZES, NULL_DRAWS, DRAWS = 0.01, 300, (20, 50, 100, 300), 250, 40
 GENERATOR = torch.Generator().manual_seed(0)
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "another seed": lambda images: images,
@@ -71,7 +71,7 @@ def draw(population: Normals, recent: Normals | None, n: int, draws: int) -> dic
         before = some(population, rows[:CALIBRATED])
         now = rows[CALIBRATED:][:n] if recent is None else rng.permutation(len(recent.rows))[:n]
         known = calibrated(before.scores, before.levels, RATE, 0.0, 1, "32-true")
-        reference = Reference(set(), before.looks[:, : len(FACTS)], before.looks[:, len(FACTS) :])
+        reference = Reference(set(), *as_kept(before.looks))
         found = compare(known, reference, some(population if recent is None else recent, now))
         verdicts[found.verdict] += 1
         shifted.update(shift.what for shift in found.shifts if shift.found)
