@@ -386,7 +386,7 @@ def test_without_a_reference_scores_alone_are_compared(model, made, capsys):
     assert run("calibrate", "m", "--false-alarm-rate", 0.1) == 0  # leaves it alone
     kept = model / "private" / reference.FILE
     found = drift(zoo.from_pretrained("m"), str(made / "same"))
-    assert len(found.shifts) == 7 and found.notes == [] and found.about["false_alarm_rate"] == 0.1
+    assert len(found.shifts) == 7 and found.notes == [] and found.false_alarm_rate == 0.1
     kept.unlink()
     capsys.readouterr()
     assert run("drift", "m", "--data", made / "darker") == 0

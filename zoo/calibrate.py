@@ -92,7 +92,8 @@ def calibrate(
     if options.tile is not None:
         model.view = replace(model.view, tile=options.tile or None)
     ignore = load_ignore(spec, options.ignore, run.say)
-    normals, broken = score_unseen(model, unseen, spec, ignore, options, run, min_area)
+    with ending("calibration"):
+        normals, broken = score_unseen(model, unseen, spec, ignore, options, run, min_area)
     found = calibrated(normals.scores, normals.levels, rate, normals.quantile(0.5), min_area, run.precision)
     if found.pixel_threshold <= LOWEST / 2:
         raise ZooError(f"--min-area {min_area} is more than these images have pixels; lower it.")
@@ -129,7 +130,7 @@ def score_unseen(
     """
     modules = [_module(rows, model, ignore, options) for rows in unseen.parts]
     loaders = [module.test_dataloader() for module in modules if len(module.test_set)]
-    with ending("calibration"), Watch(model) as watch:
+    with Watch(model) as watch:
         normals = score_normals(model, _shown(loaders, run), min_area, watch)
     for module in modules:
         say_broken(module, run)

@@ -1,5 +1,6 @@
 """The command that says whether a threshold can still be trusted. Arguments are checked before torch is imported."""
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -53,13 +54,14 @@ def drift(argv: list[str]) -> int:
     from zoo.tables import console
 
     values = {key: options[key] for key in ("batch_size", "num_workers", "skip_broken", "ignore")}
-    found = check(hub.from_pretrained(folder), options.data, folder, values, run_of(options, config["precision"]), name)
-    if options.out and not launched()[0]:
-        checkpoint.write_text(Path(options.out), checkpoint.dump(found.to_dict()))
+    model, run = hub.from_pretrained(folder), run_of(options, config["precision"])
+    found = check(model, options.data, folder, values, run, shlex.quote(name))
     if found.images:
         console().print(_table(found))
     for line in (*found.notes, found.sentence):
         print(line)
+    if options.out and not launched()[0]:
+        checkpoint.write_text(Path(options.out), checkpoint.dump(found.to_dict()))
     return int(options.fail_on == "drift" and found.verdict != "trusted")
 
 
@@ -72,7 +74,7 @@ def _table(found: "Drift") -> "Table":
         table.add_column(title, justify="right" if title else "left")
     table.add_row("normal images", f"{found.calibrated:,}", f"{found.images:,}", "", "")
     for one in found.exceedances:
-        allowed = f"at most {100 * found.about['false_alarm_rate']:.4g} %"
+        allowed = f"at most {100 * found.false_alarm_rate:.4g} %"
         table.add_row(one.what, allowed, f"{one.count:,}", f"{one.p_value:.2g}", _mark(one.found, "too many"))
     for one in found.shifts:
         medians = ("", "") if one.before is None else (f"{one.before:.4g}", f"{one.now:.4g}")

@@ -87,13 +87,13 @@ def unseen_normals(
     if not kept:
         what = "that the model hasn't seen" if known is None else "that is new to the model"
         raise TooFewNormals(f"--data {spec.name} has no normal image {what}; add some.")
-    _say_left_out(run, len(again), before, repeated, own)
+    _say_left_out(run, len(again) + (by_name if known is not None else 0), before, repeated, own and known is None)
     return Unseen(parts, kept, repeated, by_name + len(again), before, seen is not None, own)
 
 
-def _say_left_out(run: RunOptions, again: int, before: int, repeated: int, own: bool) -> None:
+def _say_left_out(run: RunOptions, again: int, before: int, repeated: int, renamed: bool) -> None:
     if again:
-        under = "under other names, the fit" if own else "the fit"
+        under = "under other names, the fit" if renamed else "the fit"
         run.say(f"{_images(again)} left out: {under} or the selection has seen {'it' if again == 1 else 'them'}.")
     if before:
         run.say(f"{_images(before)} left out: the model was calibrated on {'it' if before == 1 else 'them'}.")
