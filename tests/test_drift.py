@@ -266,7 +266,7 @@ def test_images_of_other_sizes_are_a_finding():
     scores = np.random.default_rng(6).normal(size=40)
     some = compare(calibration, None, normals(scores, shapes=[(64, 64)] * 30 + [(48, 96)] * 10))
     assert some.verdict == "doubtful" and some.images == 30
-    assert "10 of 40 images are of 96 x 48 pixels, where the rate was stated for 64 x 64" in some.sentence
+    assert "10 of 40 images are of 96 x 48 pixels, unlike the calibrated ones (64 x 64)" in some.sentence
     none = compare(calibration, None, normals(scores, shapes=[(48, 96)] * 40))
     assert none.verdict == "not trusted" and "all 40 images" in none.sentence and none.exceedances == []
     assert compare(replace(calibration, sizes=[]), None, normals(scores, shapes=[(9, 9)] * 40)).images == 40
@@ -429,7 +429,7 @@ def test_images_of_other_sizes_are_told_of(model, tmp_path, capsys):
     write(tmp_path / "small", 4, 4, size=96)
     assert run("drift", "m", "--data", tmp_path / "small", "--fail-on", "drift") == 1
     said = capsys.readouterr().out
-    assert "all 4 images are of 96 x 96 pixels, where the rate was stated for 128 x 128" in said
+    assert "all 4 images are of 96 x 96 pixels, unlike the calibrated ones (128 x 128)" in said
 
 
 @pytest.mark.parametrize(

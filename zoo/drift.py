@@ -43,7 +43,7 @@ class Exceedance(NamedTuple):
     """How many recent images reach a threshold.
 
     Attributes:
-        what: they are then, in words.
+        what: what they are then, as it follows "is" or "are".
         count, images: so many of so many.
         p_value: of as many, if the true rate were the stated one; adjusted for there being two thresholds.
         upper: the true rate is at most this, with 95 % confidence (Clopper and Pearson, Biometrika 26, 1934).
@@ -248,7 +248,7 @@ def _judged(
         stated = ", ".join(f"{width} x {height}" for height, width in known.sizes)
         found = ", ".join(f"{width} x {height}" for height, width in sizes[:3]) + ", ..." * (len(sizes) > 3)
         count = f"all {unlike:,}" if not images else f"{unlike:,} of {images + unlike:,}"
-        shifted.append(f"{count} images are of {found} pixels, where the rate was stated for {stated}")
+        shifted.append(f"{count} images are of {found} pixels, unlike the calibrated ones ({stated})")
     if not images:
         return "not trusted", f"The threshold can't be trusted for these images: {shifted[-1]}; {remedy}."
     if over := [one for one in exceedances if one.found]:
@@ -261,7 +261,7 @@ def _judged(
     if shifted:
         return "doubtful", (
             f"The threshold is doubtful: {image.in_words()}, which agrees with the stated {rate}, but "
-            f"{_listed(shifted)}, so that the rate was stated for other images; {remedy}."
+            f"{_listed(shifted)}: these are other images than the rate was stated for; {remedy}."
         )
     bound = f"with {100 * CONFIDENCE:.4g} % confidence at most {100 * image.upper:.3g} % of such images are"
     if images < LEAST:
