@@ -17,10 +17,10 @@ from zoo.calibrate import Normals
 from zoo.calibration import calibrated
 from zoo.cli import main
 from zoo.data.synthetic import render
-from zoo.drift import FACTS, LEAST, compare, drift
+from zoo.drift import LEAST, compare, drift
 from zoo.errors import ZooError
 from zoo.hub import model_place
-from zoo.looks import Watch, facts
+from zoo.looks import FACTS, Watch, facts
 from zoo.methods import create_model
 from zoo.module import Batch
 from zoo.reference import Reference, read_reference, write_reference
@@ -460,4 +460,11 @@ def test_the_record_of_the_simulation_holds_what_is_promised():
     for found in report["methods"].values():
         nothing = [of["drift"] for of in found["by_change"]["nothing"].values()]
         draws = report["null_draws"] * len(nothing)
-        assert draws >= 1000 and np.mean(nothing) <= report["level"] + 2 * np.sqrt(0.01 * 0.99 / draws)
+        assert draws == 1000 and np.mean(nothing) <= report["level"] + 2 * np.sqrt(0.01 * 0.99 / draws)
+    strict = known(rate=report["rate"])
+    high, low = strict.image_threshold, strict.scores[0]
+    for n, of in report["alarms"].items():
+        for count, found in ((of["count"] - 1, False), (of["count"], True)):
+            image, _ = compare(strict, None, normals([high] * count + [low] * (int(n) - count))).exceedances
+            assert image.found == found
+        assert of["5%"] == pytest.approx(1 - stats.binom(int(n), 0.05).cdf(of["count"] - 1), abs=1e-3)

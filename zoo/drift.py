@@ -15,82 +15,23 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
-from scipy import stats
+from typing import Any, Literal
 
 from zoo import checkpoint, ranks, record
 from zoo.calibrate import Normals, score_unseen
 from zoo.calibration import CONFIDENCE, Calibration, check_stated, normals_needed
 from zoo.data import check_data, load_data, load_ignore
 from zoo.evaluation import described
-from zoo.looks import FACTS
+from zoo.findings import LEVEL, Exceedance, Shift, exceedances_of, shifts_of
 from zoo.module import AnomalyModule
-from zoo.reference import Reference, as_kept, read_reference
+from zoo.reference import Reference, read_reference
 from zoo.run import DataOptions, RunOptions, device_of
 from zoo.trainer import ending, first_speaks
-from zoo.twosample import energy_test, holm
 from zoo.unseen import unseen_normals
 
-LEVEL = 0.01  # of checks in which nothing has changed, this share says otherwise: at one a day, three or four a year
 LEAST = 20  # images of which a check says "trusted": of fewer, more than 14 % might be called anomalous and none is
 
 Verdict = Literal["trusted", "doubtful", "not trusted", "too few"]
-
-
-class Exceedance(NamedTuple):
-    """How many recent images reach a threshold.
-
-    Attributes:
-        what: what they are then, as it follows "is" or "are".
-        count, images: so many of so many.
-        p_value: of as many, if the true rate were the stated one; adjusted for there being two thresholds.
-        upper: the true rate is at most this, with 95 % confidence (Clopper and Pearson, Biometrika 26, 1934).
-    """
-
-    what: str
-    count: int
-    images: int
-    p_value: float
-    upper: float
-
-    @property
-    def found(self) -> bool:
-        return self.p_value < LEVEL / 2
-
-    def in_words(self) -> str:
-        verb = "is" if self.count == 1 else "are"
-        return f"{self.count:,} of {self.images:,} recent normal images {verb} {self.what}"
-
-
-class Shift(NamedTuple):
-    """A quantity of recent images against the same of the calibrated ones.
-
-    Attributes:
-        what: scores, features or one of `zoo.looks.FACTS`.
-        before, now: medians of calibrated and of recent images; None of features, which are many.
-        p_value: of so different samples from one distribution, adjusted for the number of quantities.
-    """
-
-    what: str
-    before: float | None
-    now: float | None
-    p_value: float
-
-    @property
-    def found(self) -> bool:
-        return self.p_value < LEVEL / 2
-
-    def in_words(self) -> str:
-        if self.before is None:
-            return "the features of the images have shifted"
-        verb = "are" if self.what == "scores" else "is"
-        change = self.now / self.before - 1 if self.before > 1e-6 else np.sign(self.now - self.before)
-        if abs(change) < 0.005:
-            return f"{self.what} {verb} spread otherwise"
-        size = f"{abs(change):.0%} ".replace("%", " %") if self.before > 1e-6 else ""
-        return f"{self.what} {verb} {size}{'higher' if change > 0 else 'lower'}"
 
 
 @dataclass(frozen=True)
@@ -192,38 +133,12 @@ def compare(
     fits = [not known.sizes or tuple(size) in set(map(tuple, known.sizes)) for size in normals.shapes]
     rows = [row for row, fit in zip(normals.rows, fits, strict=True) if fit]
     scores, levels = ([row[column] for row in rows] for column in (1, 2))
-    exceedances = _exceedances(known, scores, levels) if rows else []
-    shifts = _shifts(known, reference, scores, normals.looks[fits]) if rows else []
+    exceedances = exceedances_of(known, scores, levels) if rows else []
+    shifts = shifts_of(known, reference, scores, normals.looks[fits]) if rows else []
     others = sorted({size for size, fit in zip(normals.shapes, fits, strict=True) if not fit})
     verdict, sentence = _judged(known, exceedances, shifts, len(rows), fits.count(False), others, name)
     tests, rate = (exceedances, shifts), known.false_alarm_rate
     return Drift(verdict, sentence, list(notes), len(rows), len(known.scores), *tests, rate, normals.rows, about or {})
-
-
-# ---- tests -----------------------------------------------------------------------------------------------------------
-
-
-def _exceedances(known: Calibration, scores: Sequence[float], levels: Sequence[float]) -> list[Exceedance]:
-    counts = [int(np.sum(np.asarray(scores) >= known.image_threshold))]
-    counts += [int(np.sum(np.asarray(levels) >= known.pixel_threshold))]
-    n, rate = len(scores), known.false_alarm_rate
-    p_values = holm([stats.binomtest(count, n, rate, alternative="greater").pvalue for count in counts])
-    uppers = [stats.binomtest(count, n, alternative="less").proportion_ci(CONFIDENCE).high for count in counts]
-    found = zip(("called anomalous", "shown with a region"), counts, p_values.tolist(), uppers, strict=True)
-    return [Exceedance(what, count, n, p_value, float(upper)) for what, count, p_value, upper in found]
-
-
-def _shifts(known: Calibration, reference: Reference | None, scores: Sequence[float], looks: np.ndarray) -> list[Shift]:
-    found = [("scores", known.scores, scores)]
-    if reference is not None:
-        facts, features = as_kept(looks)
-        found += [(what, reference.facts[:, i], facts[:, i]) for i, what in enumerate(FACTS)]
-    p_values = [stats.ks_2samp(before, now).pvalue for _, before, now in found]
-    medians = [(what, float(np.median(before)), float(np.median(now))) for what, before, now in found]
-    if reference is not None and reference.features.shape[1]:
-        p_values.append(energy_test(reference.features, features))
-        medians.append(("features", None, None))
-    return [Shift(*median, p_value) for median, p_value in zip(medians, holm(p_values).tolist(), strict=True)]
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Whether two samples come from one distribution: numbers, vectors, and several such tests at once."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy.spatial.distance import cdist
 
@@ -51,7 +53,7 @@ def whitened(points: np.ndarray, components: int = COMPONENTS) -> np.ndarray:
     return left[:, kept] * np.sqrt(len(points))
 
 
-def holm(p_values: np.ndarray) -> np.ndarray:
+def holm(p_values: Sequence[float]) -> np.ndarray:
     """p-values adjusted for there being several: rejecting those below a level errs, in any of them, at that level.
 
     Holm, "A simple sequentially rejective multiple test procedure", Scand. J. Stat. 6, 1979.

@@ -4,6 +4,7 @@ A model is fitted on some synthetic normal images, and scores and looks at 2,000
 are. Of these 300 are drawn to calibrate at 1 %, and n others as recent images, so that nothing has changed: anything
 but "trusted" (or "too few") is a false alarm of the check, of which 1 % are allowed, 1.6 % with two standard errors of
 1,000 draws. Then the recent images are drawn of 300 images of another seed, each with one change.
+None of the changes raises the share of false alarms much; how often too many are found is calculated instead.
 
 python tests/bench/drift.py --out tests/bench/drift.json
 """
@@ -20,13 +21,15 @@ import numpy as np
 import torch
 from datasets import DatasetDict
 from scipy.ndimage import gaussian_filter
+from scipy.stats import binom
 from torch import Tensor
 
 from zoo.calibrate import Normals, score_normals
 from zoo.calibration import calibrated
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
-from zoo.drift import LEVEL, compare
+from zoo.drift import compare
+from zoo.findings import LEVEL
 from zoo.fit import fit
 from zoo.looks import Watch
 from zoo.record import environment
@@ -36,6 +39,7 @@ METHODS = {"padim": ({"input_size": 128}, None), "ganomaly": ({"input_size": 64}
 FITTED, POPULATION = "synthetic:train=150,size=128,seed=0", "synthetic:train=2000,size=128,seed=1"
 RECENT = "synthetic:train=300,size=128,seed=2"
 RATE, CALIBRATED, SIZES, NULL_DRAWS, DRAWS = 0.01, 300, (20, 50, 100, 300), 250, 40
+TRUE = (0.02, 0.05, 0.1, 0.2)  # rates of false alarms
 GENERATOR = torch.Generator().manual_seed(0)
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "another seed": lambda images: images,
@@ -80,13 +84,22 @@ def draw(population: Normals, recent: Normals | None, n: int, draws: int) -> dic
     return {"drift": round(said, 4), "not_trusted": round(verdicts["not trusted"] / draws, 4), "shifted": shares}
 
 
+def alarms() -> dict:
+    """The fewest images above a threshold that a check finds too many, and how often that is so at true rates."""
+    found = {}
+    for n in SIZES:
+        count = next(k for k in range(n + 1) if 2 * binom.sf(k - 1, n, RATE) < LEVEL / 2)  # of two thresholds, Holm
+        found[n] = {"count": count} | {f"{rate:.0%}": round(float(binom.sf(count - 1, n, rate)), 3) for rate in TRUE}
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     report = {"level": LEVEL, "rate": RATE, "calibrated": CALIBRATED, "null_draws": NULL_DRAWS, "draws": DRAWS}
-    report |= {"fitted": FITTED, "population": POPULATION, "recent": RECENT, "methods": {}}
+    report |= {"fitted": FITTED, "population": POPULATION, "recent": RECENT, "alarms": alarms(), "methods": {}}
     for method in options.methods:
         start, (arguments, steps) = time.perf_counter(), METHODS[method]
         model, _ = fit(method, FITTED, preset="lite", arguments=arguments, trainer_options=steps)
