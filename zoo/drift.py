@@ -3,7 +3,7 @@
 Two questions are asked. Are more of the recent images called anomalous, or shown with a region, than the stated rate
 allows? (Exact binomial tests; of no more than the rate, as the threshold promises at most that.) Are the images others
 than those that the rate was stated for, by their scores, their features or the facts of the picture? (Two-sample tests;
-see `zoo.twosample`, `zoo.looks`.) Each question is given half of `LEVEL`, shared among its tests by Holm's method.
+see `zoo.findings`, `zoo.looks`.) Each question is given half of `LEVEL`, shared among its tests by Holm's method.
 
 All tests take images that are drawn independently. Neighbouring fields of one wafer are alike in what has nothing to do
 with the tool's drift: of few wafers many images find a "shift" between wafers, so draw images over lots and days, in

@@ -26,7 +26,7 @@ def energy_test(a: np.ndarray, b: np.ndarray, seed: int = 0) -> float:
         (1 + number of permutations of at least that distance) / (1 + `PERMUTATIONS`).
     """
     rng = np.random.default_rng(seed)
-    a, b = (np.float64(rows[np.sort(rng.permutation(len(rows))[:LARGEST])]) for rows in (a, b))
+    a, b = (rows[np.sort(rng.permutation(len(rows))[:LARGEST])].astype(np.float64) for rows in (a, b))
     points = whitened(np.concatenate([a, b]))
     distances = cdist(points, points).astype(np.float32)  # (N, N)
     n, m = len(a), len(b)
