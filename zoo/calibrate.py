@@ -11,6 +11,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
 from rich.progress import track
@@ -33,12 +34,14 @@ from zoo.data.ignore import IgnoreMasks
 from zoo.errors import ZooError
 from zoo.evaluation import described
 from zoo.learning import Batch
+from zoo.looks import Watch
 from zoo.metrics import ranking
 from zoo.module import AnomalyModule
+from zoo.reference import write_reference
 from zoo.regions import LOWEST, region_level
 from zoo.run import DataOptions, RunOptions, device_of
-from zoo.seen import FILE, digests, read_seen
 from zoo.trainer import ending, first_speaks, say_broken
+from zoo.unseen import Unseen, unseen_normals
 from zoo.view import View
 
 PIXEL_QUANTILE = 0.999
@@ -54,7 +57,7 @@ def calibrate(
     folder: Path | None = None,
     data_options: dict[str, Any] | None = None,
     run: RunOptions | None = None,
-) -> tuple[dict[str, Any], list[tuple[str, float, float]]]:
+) -> tuple[dict[str, Any], "Normals"]:
     """Give a model thresholds of which each calls at most a share of the normal images anomalous, with 95 % confidence.
 
     Taken are the distinct normal images of the data. Of the data that the model was fitted on, only those which neither
@@ -69,7 +72,7 @@ def calibrate(
         data_options: fields of `DataOptions`.
 
     Returns:
-        What the record says of it, and name, score and level (`zoo.regions.region_level`) of each image.
+        What the record says of it, and what was found of each image.
 
     Raises:
         ZooError: images that the model has seen; one that can't be read; fewer than the rate takes (`TooFewNormals`).
@@ -82,21 +85,15 @@ def calibrate(
         raise ZooError("This model was fitted on cropped images, for parity runs; fit it with another preset.")
     ranks.connect()
     spec, options = check_data(data), DataOptions(**(data_options or {}))
-    unseen = _unseen(load_data(spec), spec, folder, model.view, options.num_workers or 0, run)
+    unseen = unseen_normals(load_data(spec), spec, folder, model.view, options.num_workers or 0, run)
     _check_enough(unseen, rate)
     model.to(device_of(run.device)).eval()
     model.precision = run.precision
     if options.tile is not None:
         model.view = replace(model.view, tile=options.tile or None)
     ignore = load_ignore(spec, options.ignore, run.say)
-    modules = [_module(rows, model, ignore, options) for rows in unseen.parts]
-    loaders = [module.test_dataloader() for module in modules if len(module.test_set)]
     with ending("calibration"):
-        normals = score_normals(model, _shown(loaders, run), min_area)
-    for module in modules:
-        say_broken(module, run)
-    if not normals.rows:
-        raise ZooError(f"None of the normal images of --data {spec.name} can be read.")
+        normals, broken = score_unseen(model, unseen, spec, ignore, options, run, min_area)
     found = calibrated(normals.scores, normals.levels, rate, normals.quantile(0.5), min_area, run.precision)
     if found.pixel_threshold <= LOWEST / 2:
         raise ZooError(f"--min-area {min_area} is more than these images have pixels; lower it.")
@@ -107,24 +104,50 @@ def calibrate(
         "data": described(spec),
         "checked": unseen.checked,
         "repeated": unseen.repeated,
-        "broken": sum(len(module.broken) for module in modules),
+        "broken": broken,
         "precision": run.precision,
         **({"tile": model.view.tile} if model.view.tile else {}),
         **({"ignored": "what ignore masks cover"} if ignore else {}),
         "seconds": round(time.perf_counter() - start, 2),
         **record.environment(model.device),
     }
-    return about, normals.rows
+    return about, normals
+
+
+def score_unseen(
+    model: AnomalyModule,
+    unseen: Unseen,
+    spec: DataSpec,
+    ignore: IgnoreMasks | None,
+    options: DataOptions,
+    run: RunOptions,
+    min_area: int,
+) -> tuple["Normals", int]:
+    """Score normal images that a model has not seen, and look at them; how many of them can't be read.
+
+    Raises:
+        ZooError: one of them can't be read, or none of them, if that is allowed.
+    """
+    modules = [_module(rows, model, ignore, options) for rows in unseen.parts]
+    loaders = [module.test_dataloader() for module in modules if len(module.test_set)]
+    with Watch(model) as watch:
+        normals = score_normals(model, _shown(loaders, run), min_area, watch)
+    for module in modules:
+        say_broken(module, run)
+    if not normals.rows:
+        raise ZooError(f"None of the normal images of --data {spec.name} can be read.")
+    digests = [unseen.digests[name] for name, *_ in normals.rows]
+    return normals._replace(digests=digests), sum(len(module.broken) for module in modules)
 
 
 def store_calibration(
     folder: Path,
     found: Calibration,
     about: dict[str, Any],
-    rows: Sequence[tuple[str, float, float]] | None = None,
+    normals: "Normals | None" = None,
     view: View | None = None,
 ) -> None:
-    """Put a calibration into a model's folder: configuration with its view, record, card and per-image scores.
+    """Put a calibration into a model's folder: configuration with its view, record, card; privately scores and looks.
 
     The weights are not touched. Each file is replaced at once, and the configuration, which decides, is the first.
     """
@@ -134,9 +157,10 @@ def store_calibration(
     checkpoint.write_text(folder / checkpoint.CONFIG, checkpoint.dump(config))
     checkpoint.write_text(folder / checkpoint.RECORD, checkpoint.dump(result))
     checkpoint.write_text(folder / checkpoint.CARD, render_card(config, result))
-    if rows is not None:
-        text = checkpoint.csv_text(["image", "score", "level"], rows)
+    if normals is not None:
+        text = checkpoint.csv_text(["image", "score", "level"], normals.rows)
         checkpoint.write_text(folder / "private" / "calibration.csv", text)
+        write_reference(folder, found, normals.digests, normals.looks)
 
 
 def change_rate(folder: Path, rate: float) -> Calibration:
@@ -158,17 +182,7 @@ def _stated(found: Calibration) -> dict[str, float]:
 # ---- what is scored --------------------------------------------------------------------------------------------------
 
 
-class _Unseen(NamedTuple):
-    """Normal images by split, how many copies of them were left out, whether their content could be checked, and
-    whether they are of the data that the model was fitted on."""
-
-    parts: list[Dataset]
-    repeated: int
-    checked: bool
-    own: bool
-
-
-def _check_enough(unseen: _Unseen, rate: float) -> None:
+def _check_enough(unseen: Unseen, rate: float) -> None:
     try:
         check_normals(sum(map(len, unseen.parts)), rate)
     except TooFewNormals as error:
@@ -176,69 +190,6 @@ def _check_enough(unseen: _Unseen, rate: float) -> None:
             raise
         remedy = f"a fit with --hold-out {normals_needed(rate)} sets as many of its own aside."
         raise TooFewNormals(f"{str(error).rstrip('.')}; {remedy}") from error
-
-
-def _unseen(
-    data: DatasetDict, spec: DataSpec, folder: Path | None, view: View, num_workers: int, run: RunOptions
-) -> _Unseen:
-    """The distinct normal images of a data set, without what the fit of a model or its selection has seen.
-
-    Raises:
-        ZooError: there is none; or the data are others than the fit's, and some of them have been seen.
-    """
-    seen, own = read_seen(folder) if folder else None, folder is not None and _is_own(spec, folder)
-    if seen is None and own:
-        raise ZooError(
-            f"The model was fitted on this data and has no private/{FILE} to tell on which images; give it others."
-        )
-    if seen is None:
-        run.say(f"Whether the model has seen these images can't be checked: it has no private/{FILE}.")
-    names, contents = seen or (set(), set())
-    parts, known, taken, repeated = [], [], set(), 0
-    for rows in data.values():
-        rows = _normals(rows, names if own else set())
-        found = digests(rows, view, num_workers, run.progress)
-        known += [name for name, content in zip(_names(rows), found, strict=True) if content in contents]
-        fresh = [row for row, content in enumerate(found) if content not in contents]
-        kept = [row for row in fresh if _is_first(found[row], taken)]
-        parts.append(rows.select(kept))
-        repeated += len(fresh) - len(kept)
-    if known and not own:
-        raise ZooError(
-            f"{len(known):,} of these normal images had a say in the model's weights (such as {known[0]}): give images "
-            "that it hasn't seen, or the fit's own --data, of which it takes what was held out."
-        )
-    if not sum(map(len, parts)):
-        raise TooFewNormals(f"--data {spec.name} has no normal image that the model hasn't seen; add some.")
-    if known:
-        run.say(f"{len(known):,} images are left out: under other names, the fit or the selection has seen them.")
-    if repeated:
-        run.say(f"{repeated:,} images are copies of others; each counts once.")
-    return _Unseen(parts, repeated, seen is not None, own)
-
-
-def _normals(rows: Dataset, seen: set[str]) -> Dataset:
-    """The normal images without those of these names."""
-    labels = rows.with_format(None)["label"]
-    pairs = zip(_names(rows), labels, strict=True)
-    return rows.select([i for i, (name, label) in enumerate(pairs) if not label and name not in seen])
-
-
-def _names(rows: Dataset) -> list[str]:
-    return rows.with_format(None)["path"]
-
-
-def _is_first(content: str, taken: set[str]) -> bool:
-    """Whether an image comes for the first time, as one that can't be read always does: scoring it will tell."""
-    is_first = not content or content not in taken
-    taken.add(content)
-    return is_first
-
-
-def _is_own(spec: DataSpec, folder: Path) -> bool:
-    """Whether a model was fitted on this data, or another form of it."""
-    about = checkpoint.read_record(folder).get("train_data", {})
-    return bool({about.get("fingerprint"), about.get("origin")} & {spec.fingerprint, spec.origin})
 
 
 def _module(rows: Dataset, model: AnomalyModule, ignore: IgnoreMasks | None, options: DataOptions) -> AnomalyDataModule:
@@ -258,11 +209,23 @@ def _shown(loaders: list[Iterable[list[Batch]]], run: RunOptions) -> Iterable[Ba
 
 
 class Normals(NamedTuple):
-    """Name, score and level of normal images, the rank table (n, 4) of their pixels, and their (height, width)."""
+    """What was found of normal images.
+
+    Attributes:
+        rows: name, score and level (`zoo.regions.region_level`) of each.
+        table: rank table (n, 4) of their pixels.
+        sizes: their (height, width), where these are few.
+        looks: (n, 5 + D) of each, as `zoo.looks.Watch` gives them, where it watched.
+        digests: of each, where they were taken (`zoo.seen.digest`).
+        shapes: the (height, width) of each.
+    """
 
     rows: list[tuple[str, float, float]]
     table: torch.Tensor
     sizes: list[list[int]]
+    looks: np.ndarray | None = None
+    digests: Sequence[str] = ()
+    shapes: Sequence[tuple[int, int]] = ()
 
     @property
     def scores(self) -> list[float]:
@@ -280,19 +243,23 @@ class Normals(NamedTuple):
 
 
 @torch.inference_mode()
-def score_normals(model: AnomalyModule, batches: Iterable[Batch], min_area: int = 1) -> Normals:
+def score_normals(
+    model: AnomalyModule, batches: Iterable[Batch], min_area: int = 1, watch: Watch | None = None
+) -> Normals:
     """Score each process's share of normal images; no map is kept.
 
     Args:
         model: on its device; scored in its own precision.
         batches: images as they are predicted, of one size in a batch.
         min_area: pixels that a region has at least.
+        watch: has been entered; looks at the images too.
 
     Returns:
         Those of all processes.
     """
     rows: list[tuple[str, float, float]] = []
-    sizes: set[tuple[int, ...]] = set()
+    shapes: list[tuple[int, int]] = []
+    looks: list[np.ndarray] = []
     tables, shift = [torch.zeros(0, 4, dtype=torch.int64, device=model.device)], PIXEL_SHIFT
     for batch in batches:
         batch = batch.to(model.device)
@@ -304,15 +271,18 @@ def score_normals(model: AnomalyModule, batches: Iterable[Batch], min_area: int 
         if bad := next((name for name, *numbers in found if not all(map(math.isfinite, numbers))), None):
             raise ZooError(f"{bad} has a score that is no finite number; fit or calibrate with --precision 32-true.")
         rows += found
-        sizes.add(tuple(batch.image.shape[-2:]))
+        shapes += [tuple(batch.image.shape[-2:])] * len(found)
+        looks += watch.looks(batch) if watch else []
         none = torch.zeros_like(scores.map, dtype=torch.bool)
         tables, shift = ranking.add(tables, shift, scores.map, none, batch.roi)
-    rows, parts = ranks.gather_list(rows), ranks.gather((torch.cat(tables).cpu(), shift, sizes))
+    rows, shapes, looks = (ranks.gather_list(found) for found in (rows, shapes, looks))
+    parts = ranks.gather((torch.cat(tables).cpu(), shift))
     if not rows:
         return Normals([], tables[0], [])
-    table, _ = ranking.merge(torch.cat([table for table, *_ in parts]), max(shift for _, shift, _ in parts))
-    all_sizes = sorted(set().union(*(sizes for *_, sizes in parts)))
-    return Normals(rows, table, [list(size) for size in all_sizes] if len(all_sizes) <= SIZES else [])
+    table, _ = ranking.merge(torch.cat([table for table, _ in parts]), max(shift for _, shift in parts))
+    sizes = [list(size) for size in sorted(set(shapes))]
+    looks = np.stack(looks) if looks else None
+    return Normals(rows, table, sizes if len(sizes) <= SIZES else [], looks, shapes=shapes)
 
 
 def calibrate_on_heldout(

@@ -162,6 +162,24 @@ def restored(values: dict[str, Any] | None) -> Calibration:
         raise ZooError(f"The model's calibration is of the wrong kind ({error}); calibrate it anew.") from error
 
 
+def check_stated(known: Calibration | None, precision: str, name: str) -> None:
+    """Whether a model states a rate for scores in this precision.
+
+    Raises:
+        ZooError: it doesn't, with what to do.
+    """
+    if known is None or not known.calibrated:
+        raise ZooError(
+            f"{name} states no false-alarm rate that images could be held against; calibrate it first: "
+            f"zoo calibrate {name} --data DATA --false-alarm-rate 0.01."
+        )
+    if known.precision != precision:
+        raise ZooError(
+            f"The rate was stated in {known.precision}, and scores in {precision} tell nothing of it; leave "
+            "--precision out, or calibrate anew with it."
+        )
+
+
 def threshold(values: Sequence[float], rate: float) -> float:
     """Such that with 95 % confidence at most a share `rate` of the population lies at or above it.
 

@@ -12,6 +12,7 @@ from typing import Literal
 from zoo import checkpoint, hub
 from zoo.cli_calibrate import calibrate
 from zoo.cli_data import DATA_USAGE, data
+from zoo.cli_drift import drift
 from zoo.cli_fit import finetune, fit
 from zoo.cli_hub import export, import_, publish, release
 from zoo.cli_predict import predict
@@ -41,6 +42,7 @@ USAGE = f"""usage: zoo COMMAND [--help]
   zoo predict NAME PATH... --out DIR   heatmaps, masks, CSV and JSON; --report: a page, --klarf FILE
   zoo calibrate NAME --data DATA --false-alarm-rate 0.01
   zoo finetune NAME --data DATA --name NEW
+  zoo drift NAME --data DATA           whether the threshold can be trusted for recent normal images
   zoo publish NAME --to ORG/REPO       model, card and record, to the hub or a mirror of it
   zoo benchmark --data DATA            all methods, three seeds: Table 3, Figures 1 and 2, a page
   zoo release --data DATA --to ORG     the same, and a calibrated model of each; to the hub with --yes
@@ -218,6 +220,7 @@ COMMANDS = {
     "evaluate": evaluate,
     "predict": predict,
     "calibrate": calibrate,
+    "drift": drift,
     "publish": publish,
     "benchmark": benchmark,
     "release": release,

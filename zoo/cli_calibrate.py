@@ -49,9 +49,9 @@ def calibrate(argv: list[str]) -> None:
     if options.data:
         model, values = hub.from_pretrained(folder), data_values(options)
         run = run_of(options, model.precision)
-        about, rows = calibration.calibrate(model, options.data, rate, options.min_area or 1, folder, values, run)
+        about, normals = calibration.calibrate(model, options.data, rate, options.min_area or 1, folder, values, run)
         if not launched()[0]:
-            calibration.store_calibration(folder, model.calibration, about, rows, model.view)
+            calibration.store_calibration(folder, model.calibration, about, normals, model.view)
         known = model.calibration
     else:
         known = calibration.change_rate(folder, rate)

@@ -25,13 +25,17 @@ def make_parser(command: str, about: str, config: bool = True) -> Any:
 
 
 def add_data_options(parser: Any, preset: dict[str, Any]) -> None:
+    add_loading_options(parser, preset)
+    add_view_options(parser)
+
+
+def add_loading_options(parser: Any, preset: dict[str, Any]) -> None:
     batch = preset.get("batch_size", 32)
     parser.add_argument("--batch-size", type=int, default=batch, help="images a batch")
     parser.add_argument(
         "--num-workers", type=int | None, default=None, help="decoding processes; null: none without a GPU"
     )
     parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read and list them")
-    add_view_options(parser)
 
 
 def add_view_options(parser: Any) -> None:
@@ -39,6 +43,10 @@ def add_view_options(parser: Any) -> None:
     parser.add_argument(
         "--tile", type=int | None, default=None, help="side of the tiles of larger images; null: as fitted, 0: none"
     )
+    add_ignore_option(parser)
+
+
+def add_ignore_option(parser: Any) -> None:
     parser.add_argument(
         "--ignore",
         type=str | None,
