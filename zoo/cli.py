@@ -15,6 +15,7 @@ from zoo.cli_data import DATA_USAGE, data
 from zoo.cli_fit import fit
 from zoo.cli_hub import export, import_, publish, release
 from zoo.cli_predict import predict
+from zoo.cli_watch import watch
 from zoo.data import FORMS, check_data
 from zoo.errors import ZooError
 from zoo.methods import list_methods, summary
@@ -39,6 +40,7 @@ USAGE = f"""usage: zoo COMMAND [--help]
   zoo fit METHOD --data DATA --name NAME
   zoo evaluate NAME --data DATA
   zoo predict NAME PATH... --out DIR   heatmaps, masks, CSV and JSON
+  zoo watch DIR --name NAME --out OUT  the same of new files, as they arrive
   zoo calibrate NAME --data DATA --false-alarm-rate 0.01
   zoo publish NAME --to ORG/REPO       model, card and record, to the hub or a mirror of it
   zoo benchmark --data DATA            all methods, three seeds: Table 3, Figures 1 and 2, a page
@@ -216,6 +218,7 @@ COMMANDS = {
     "fit": fit,
     "evaluate": evaluate,
     "predict": predict,
+    "watch": watch,
     "calibrate": calibrate,
     "publish": publish,
     "benchmark": benchmark,
