@@ -20,6 +20,7 @@ from zoo.inference import MASK_FOLDERS
 from zoo.ledger import LINES, Stamp
 
 TRIES = 10  # of a file that keeps its size and time, before nothing more is hoped for
+BLANK = 4096  # zero bytes at the end of a file that are waited for longer, or 1/32 of it, if that is more
 RESULTS = (LINES, "predictions.json")  # what marks a folder of them
 
 
@@ -117,6 +118,8 @@ class Arrivals:
         if not waiting.stamp == before == after or len(data) != after.size:
             self._seen(path, after)
             return None
+        if data.endswith(bytes(max(BLANK, len(data) // 32))) and waiting.tried() < TRIES:
+            return None  # a copy that lays out the whole file first, as those of Windows do, looks like this for a while
         return File(path, after, hashlib.sha256(data).hexdigest(), data)
 
     def done(self, path: str) -> None:
