@@ -119,7 +119,9 @@ class Arrivals:
             self._seen(path, after)
             return None
         if data.endswith(bytes(max(BLANK, len(data) // 32))) and waiting.tried() < TRIES:
-            return None  # a copy that lays out the whole file first, as those of Windows do, looks like this for a while
+            return (
+                None  # a copy that lays out the whole file first, as those of Windows do, looks like this for a while
+            )
         return File(path, after, hashlib.sha256(data).hexdigest(), data)
 
     def done(self, path: str) -> None:

@@ -97,8 +97,11 @@ class Watch:
 
     def _decoded(self, file: File) -> "Brought | None":
         """The image of a file. One that can't be decoded may be half-written; after some tries it is broken."""
+        name = self.arrivals.relative(file.path)
         try:
-            ignored = self.ignore.of(self.arrivals.relative(file.path)) if self.ignore else None
+            ignored = self.ignore.of(name) if self.ignore else None
+            if self.ignore and ignored is None:  # of later ones nothing is said
+                self.arrivals.tell("ignore", f"{shown(name)} has no ignore mask and is looked at as a whole.")
             return self.model.bring({"path": file.path, "bytes": file.data}, ignored)
         except ZooError as error:
             if self.arrivals.waiting[file.path].tried() >= TRIES:
