@@ -4,6 +4,7 @@ import csv
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from zoo.ledger import Ledger, Stamp
 from zoo.paths import locked
 
 SETTINGS = {"weights_sha256": "0" * 64, "tile": None, "precision": "32-true"}
-DATA = "synthetic:train=40,size=64"
+DATA = "synthetic:train=40,good=4,defect=2,size=64"
 
 
 def run(*argv):
@@ -183,6 +184,23 @@ def test_files_that_are_known_are_not_read(place, tmp_path, model, monkeypatch):
     opened = []
     monkeypatch.setattr(Arrivals, "read", lambda self, path: opened.append(path))
     assert once(place, tmp_path / "out", model) == 0 and not opened
+
+
+def test_what_its_verdicts_are_worth_is_said_once(place, tmp_path, model, capsys):
+    for i in range(2):
+        Image.fromarray(pixels(i)[:, :40]).save(place / f"{i}.png")
+    assert once(place, tmp_path / "out", model) == 0
+    assert capsys.readouterr().out.count("the rate was stated for images of 64 x 64 pixels") == 1
+    assert all("uncalibrated" in row["verdict"] for row in lines(tmp_path / "out"))
+    other = shutil.copytree(model, tmp_path / "other")
+    config = json.loads((other / "config.json").read_text()) | {"calibration": None}
+    (other / "config.json").write_text(json.dumps(config))
+    assert once(place, tmp_path / "none", other) == 0
+    assert capsys.readouterr().out.count("The model has no threshold") == 1
+    for row in lines(tmp_path / "none"):
+        assert (
+            row["verdict"] == "no threshold" and row["mask"] is None and (tmp_path / "none" / row["heatmap"]).is_file()
+        )
 
 
 # ---- files that change -----------------------------------------------------------------------------------------------
@@ -396,7 +414,7 @@ def test_a_line_that_was_cut_anywhere_is_dropped_and_its_image_done_again(tmp_pa
     path = tmp_path / "predictions.jsonl"
     whole = path.read_bytes()
     two = len(b"".join(whole.splitlines(keepends=True)[:2]))
-    for rest in [*(whole[two:end] for end in range(two, len(whole))), bytes(100), bytes(100) + b"\n"]:
+    for rest in [*(whole[two:end] for end in range(two, len(whole), 7)), bytes(100), bytes(100) + b"\n"]:
         path.write_bytes(whole[:two] + rest)
         said = []
         ledger = Ledger(tmp_path, SETTINGS, said.append)
@@ -405,10 +423,11 @@ def test_a_line_that_was_cut_anywhere_is_dropped_and_its_image_done_again(tmp_pa
         assert path.read_bytes() == whole[:two]
         ledger.append(row_of("\udc80c"))
         assert path.read_bytes() == whole
-    path.write_bytes(whole[:40] + whole[41:])
-    with pytest.raises(ZooError, match="line 1"):
-        Ledger(tmp_path, SETTINGS, print)
-    assert len(path.read_bytes()) == len(whole) - 1  # it is left to its owner
+    for damaged in (whole[1:], b"\0" + whole, whole[:two] + b"[1]\n", whole[:two] + b"{}\n"):
+        path.write_bytes(damaged)
+        with pytest.raises(ZooError, match="line [13]"):
+            Ledger(tmp_path, SETTINGS, print)
+        assert path.read_bytes() == damaged  # it is left to its owner
 
 
 def test_pictures_without_a_line_are_made_again(place, tmp_path, model):

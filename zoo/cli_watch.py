@@ -2,7 +2,8 @@
 
 import math
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import islice
@@ -16,8 +17,9 @@ from zoo.data.ignore import IgnoreMasks
 from zoo.errors import ZooError
 from zoo.inference import closing_lines
 from zoo.ledger import Ledger, writing
-from zoo.options import add_run_options, add_view_options, check_tile, make_parser, parse, run_of
+from zoo.options import add_run_options, add_view_options, check_tile, make_parser, parse
 from zoo.paths import absolute, locked
+from zoo.run import device_of
 from zoo.watch import Watch
 
 
@@ -44,6 +46,7 @@ def watch(argv: list[str]) -> None:
     settings = {"weights_sha256": config["weights_sha256"], "tile": tile}
     settings["precision"] = options.precision or config["precision"]
     ignore = _ignore_of(folder, options.ignore)
+    sys.stdout.reconfigure(errors="backslashreplace")  # a log of another encoding stops no service
     say = partial(print, flush=True)
     held = f"Another zoo watch writes into {shown(out)}; stop it, or name another folder by --out."
     with _stop_signals() as stops, ExitStack() as stack:
@@ -56,11 +59,17 @@ def watch(argv: list[str]) -> None:
         raise KeyboardInterrupt
 
 
-def _run(options, place: Path, folder: Path, ledger: Ledger, ignore: IgnoreMasks | None, say: Any, stops: list) -> None:
-    from zoo.run import device_of
-
-    run = run_of(options)
-    device = device_of(run.device)
+def _run(
+    options: Any,
+    place: Path,
+    folder: Path,
+    ledger: Ledger,
+    ignore: IgnoreMasks | None,
+    say: Callable[[str], None],
+    stops: list[int],
+) -> None:
+    """Load the model of a folder and watch until a stop is asked for."""
+    device = device_of(options.device)
     model = hub.from_pretrained(place).to(device)
     model.precision = ledger.settings["precision"]
     for line in islice(closing_lines(model, [], ledger.out, options.tile), 1, None):  # what the verdicts are worth

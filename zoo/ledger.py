@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, TextIO
 from zoo.errors import ZooError
 from zoo.inference import COLUMNS
 
+REMEDY = "remove that line, or name another folder by --out."
 LINES, TIMES, TABLE = "predictions.jsonl", ".times.jsonl", "predictions.csv"
 
 
@@ -64,7 +65,7 @@ class Ledger:
         self.names: set[str] = set()  # of pictures
         self._in_table: int | None = None  # bytes of the lines that the table has; None: it is to be written anew
         self._table_failed = False
-        if (out / "predictions.json").exists():
+        if not (out / LINES).exists() and (out / "predictions.json").exists():
             raise ZooError(f"{out} holds the results of zoo predict; name another folder by --out.")
         for row in self._read(LINES):
             if {key: row.get(key) for key in settings} != settings:
@@ -100,6 +101,7 @@ class Ledger:
         for key in ("heatmap", "mask"):
             if row[key] is not None:
                 _sync(self.out / row[key])
+                _sync_folder((self.out / row[key]).parent)
         _append(self.out / LINES, row | self.settings)
         self._take(row)
 
@@ -153,29 +155,28 @@ class Ledger:
         with open(path, "rb") as file:
             for number, line in enumerate(file, start=1):
                 if torn:
-                    raise ZooError(f"{path} is damaged in line {number - 1}; remove that line, or name another --out.")
-                row = _row_in(line)
-                if row is None:
-                    torn = True
-                else:
+                    raise ZooError(f"{path} is damaged in line {number - 1}; {REMEDY}")
+                torn = not line.endswith(b"\n") or b"\0" in line  # zeros: what a power loss leaves of a block
+                if not torn:
                     end += len(line)
-                    yield row
+                    yield _row_of(line, f"{path} is damaged in line {number}")
         if torn:
             os.truncate(path, end)
             if name == LINES:
                 self.say(f"The last line of {path} was cut short by a stop; it is dropped, and its image done again.")
 
 
-def _row_in(line: bytes) -> dict[str, Any] | None:
-    """The row of a whole line, None for what is none."""
+def _row_of(line: bytes, otherwise: str) -> dict[str, Any]:
+    """The row of a line; ZooError for a line of somebody else."""
     try:
-        row = json.loads(line) if line.endswith(b"\n") else None
-        is_whole = isinstance(row, dict) and isinstance(row["image"], str) and bytes.fromhex(row["sha256"])
-        is_whole = is_whole and all(type(row[key]) is int for key in Stamp._fields)
-        is_whole = is_whole and ("verdict" not in row or row.keys() >= set(COLUMNS))
-        return row if is_whole else None
-    except (ValueError, KeyError, TypeError):
-        return None
+        row = json.loads(line)
+        is_ours = isinstance(row["image"], str) and bytes.fromhex(row["sha256"])
+        is_ours = is_ours and all(type(row[key]) is int for key in Stamp._fields)
+        if not is_ours or ("verdict" in row and not row.keys() >= set(COLUMNS)):
+            raise ValueError("no row of a watch")
+        return row
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ZooError(f"{otherwise}; {REMEDY}") from error
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
@@ -193,12 +194,17 @@ def _append(path: Path, row: dict[str, Any]) -> None:
                 file.truncate(end)
             raise
     if is_new:
-        with contextlib.suppress(OSError):  # not all shares know it of folders
-            _sync(path.parent)
+        _sync_folder(path.parent)
+
+
+def _sync_folder(path: Path) -> None:
+    """The names in a folder are on the disk, where that can be asked for; some shares can't."""
+    with contextlib.suppress(OSError):
+        _sync(path)
 
 
 def _sync(path: Path) -> None:
-    """A file's bytes, or a folder's names, are on the disk."""
+    """The bytes of a file are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -56,11 +56,13 @@ class Watch:
             ready = self.arrivals.look(once, there)
             waiting = self.arrivals.waiting
             there = set(waiting) if once and there is None else there
-            with writing(self.ledger.out):
-                for start in range(0, len(ready), self.batch_size):
-                    if not stopped():
-                        self._score(ready[start : start + self.batch_size], stopped)
-            self.ledger.write_table()
+            try:
+                with writing(self.ledger.out):
+                    for start in range(0, len(ready), self.batch_size):
+                        if not stopped():
+                            self._score(ready[start : start + self.batch_size], stopped)
+            finally:
+                self.ledger.write_table()
             if once and all(each.is_hopeless() for each in waiting.values()):
                 for path in waiting:
                     self.say(f"{shown(self.arrivals.relative(path))} still changes or can't be read: left for later.")
@@ -131,13 +133,10 @@ class Watch:
     def _tell_misfit(self, file: File, image: "Brought", prediction: "Prediction") -> None:
         """Of the first image of a size, or of intensities, that the model doesn't know."""
         known, view, name = self.model.thresholds(), self.model.view, shown(file.path)
-        found = Found()
         if known is not None and known.calibrated and prediction.is_anomalous is None:
-            found.other_size.append(name)
+            self.arrivals.tell("size", *Found(other_size=[name]).lines(self.model))
         if view.low is not None and view.off_scale(image.image) > OFF_SCALE:
-            found.off_scale.append(name)
-        for line in found.lines(self.model):
-            self.arrivals.tell(line.partition(name)[0], line)
+            self.arrivals.tell("scale", *Found(off_scale=[name]).lines(self.model))
 
 
 def _broken(reason: str) -> dict[str, Any]:
