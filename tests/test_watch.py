@@ -198,9 +198,8 @@ def test_what_its_verdicts_are_worth_is_said_once(place, tmp_path, model, capsys
     assert once(place, tmp_path / "none", other) == 0
     assert capsys.readouterr().out.count("The model has no threshold") == 1
     for row in lines(tmp_path / "none"):
-        assert (
-            row["verdict"] == "no threshold" and row["mask"] is None and (tmp_path / "none" / row["heatmap"]).is_file()
-        )
+        assert row["verdict"] == "no threshold" and row["mask"] is None and row["threshold"] is None
+        assert (tmp_path / "none" / row["heatmap"]).is_file()
 
 
 # ---- files that change -----------------------------------------------------------------------------------------------

@@ -146,7 +146,7 @@ class Arrivals:
         return known
 
     def _tell_unreadable(self, place: str, error: OSError) -> None:
-        self.tell(place, f"{shown(place)} can't be read ({error.strerror}); what is in it is left out until then.")
+        self.tell(place, f"{shown(place)} can't be read ({error.strerror}); what is in it is left out until it can.")
 
 
 def images_below(folder: Path, unreadable: Callable[[str, OSError], None]) -> Iterator[tuple[str, Stamp]]:
