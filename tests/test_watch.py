@@ -135,7 +135,7 @@ def test_scores_are_those_of_predict_and_each_image_is_scored_once(place, tmp_pa
         assert len(row["regions"]) == row["num_regions"] == len(expected.regions)
         assert row["threshold"] == loaded.calibration.image_threshold
         file = Path(row["image"])
-        assert Stamp(row["size"], row["mtime_ns"]) == Stamp.of(file.stat())
+        assert Stamp(row["num_bytes"], row["mtime_ns"]) == Stamp.of(file.stat())
         name, score, verdict = line.split("\t")
         assert float(score) == pytest.approx(row["score"], rel=1e-5) and verdict == row["verdict"]
     assert r"two\nlines.tif" in {line.split("\t")[0] for line in said}
@@ -221,7 +221,7 @@ def test_a_file_that_grows_is_scored_when_it_is_whole(place, tmp_path, model):
     assert Background(wrote(out, 1)).run(place, out, model) == 0
     writer.join()
     (row,) = lines(out)
-    assert row["score"] == zoo.from_pretrained(model).predict(source).score and row["size"] == len(data)
+    assert row["score"] == zoo.from_pretrained(model).predict(source).score and row["num_bytes"] == len(data)
 
 
 def test_other_bytes_under_a_name_are_another_image(place, tmp_path, model):
@@ -282,7 +282,7 @@ def test_what_can_not_be_decoded_is_tried_before_it_is_broken(place, tmp_path, m
     monkeypatch.setattr(Arrivals, "read", goes_on)
     assert once(place, tmp_path / "out", model) == 0
     (row,) = lines(tmp_path / "out")
-    assert row["size"] == len(whole) and row["score"] is not None
+    assert row["num_bytes"] == len(whole) and row["score"] is not None
 
 
 def test_a_file_that_is_laid_out_in_full_first_is_waited_for(place):
@@ -403,7 +403,7 @@ def test_a_watch_that_is_killed_goes_on(place, tmp_path, model):
 
 def row_of(image, **more):
     row = dict.fromkeys((*zoo.inference.COLUMNS, "pixel_nm", "regions")) | {"verdict": "normal", "score": 1.0}
-    return row | {"image": image, "size": 3, "mtime_ns": 4, "sha256": "ab" * 32} | more
+    return row | {"image": image, "num_bytes": 3, "mtime_ns": 4, "sha256": "ab" * 32} | more
 
 
 def test_a_line_that_was_cut_anywhere_is_dropped_and_its_image_done_again(tmp_path):

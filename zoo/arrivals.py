@@ -115,7 +115,7 @@ class Arrivals:
             waiting.tried()
             self.tell(path, f"{shown(self.relative(path))} can't be read ({error.strerror}); that is tried again.")
             return None
-        if not waiting.stamp == before == after or len(data) != after.size:
+        if not waiting.stamp == before == after or len(data) != after.num_bytes:
             self._seen(path, after)
             return None
         if data.endswith(bytes(max(BLANK, len(data) // 32))) and waiting.tried() < TRIES:

@@ -25,7 +25,7 @@ LINES, TIMES, TABLE = "predictions.jsonl", ".times.jsonl", "predictions.csv"
 class Stamp(NamedTuple):
     """By what a file is known without being read: bytes, and nanoseconds of its last change."""
 
-    size: int
+    num_bytes: int
     mtime_ns: int
 
     @classmethod
@@ -93,7 +93,7 @@ class Ledger:
         return next(name for name in chain((relative.rpartition(".")[0], relative), later) if name not in self.names)
 
     def append(self, row: dict[str, Any]) -> None:
-        """Note an image: `row` has `image`, `size`, `mtime_ns`, `sha256` and the keys of `COLUMNS`.
+        """Note an image: `row` has `image`, `num_bytes`, `mtime_ns`, `sha256` and the keys of `COLUMNS`.
 
         Raises:
             OSError: the disk refuses; nothing is noted then.
@@ -143,7 +143,7 @@ class Ledger:
             return source.tell()
 
     def _take(self, row: dict[str, Any]) -> None:
-        self.known[row["image"]] = Stamp(row["size"], row["mtime_ns"]), bytes.fromhex(row["sha256"])
+        self.known[row["image"]] = Stamp(row["num_bytes"], row["mtime_ns"]), bytes.fromhex(row["sha256"])
         if row.get("heatmap") is not None:
             self.names.add(row["heatmap"].removeprefix("heatmaps/").removesuffix(".png"))
 

@@ -141,7 +141,9 @@ class Watch:
 
 def _broken(reason: str) -> dict[str, Any]:
     """The row of an image without a score."""
-    return dict.fromkeys((*COLUMNS, "pixel_nm", "regions")) | {"verdict": f"broken ({reason.rstrip('.')})"}
+    return dict.fromkeys((*COLUMNS, "pixel_nm", "regions", "size", "looked_at", "peak")) | {
+        "verdict": f"broken ({reason.rstrip('.')})"
+    }
 
 
 def _pause(seconds: float, stopped: Callable[[], bool]) -> None:
