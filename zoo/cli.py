@@ -16,6 +16,7 @@ from zoo.cli_drift import drift
 from zoo.cli_fit import finetune, fit
 from zoo.cli_hub import export, import_, publish, release
 from zoo.cli_predict import predict
+from zoo.cli_watch import watch
 from zoo.data import FORMS, check_data
 from zoo.errors import ZooError
 from zoo.methods import list_methods, summary
@@ -38,10 +39,11 @@ USAGE = f"""usage: zoo COMMAND [--help]
   zoo quickstart                       whole tour on built-in data, offline, about a minute
   zoo list [PATTERN]                   methods and models, with their numbers
   zoo fit METHOD --data DATA --name NAME
-  zoo evaluate NAME --data DATA
-  zoo predict NAME PATH... --out DIR   heatmaps, masks, CSV and JSON; --report: a page, --klarf FILE
-  zoo calibrate NAME --data DATA --false-alarm-rate 0.01
   zoo finetune NAME --data DATA --name NEW
+  zoo evaluate NAME --data DATA
+  zoo calibrate NAME --data DATA --false-alarm-rate 0.01
+  zoo predict NAME PATH... --out DIR   heatmaps, masks, CSV and JSON; --report: a page, --klarf FILE
+  zoo watch DIR --name NAME --out OUT  the same of new files, as they arrive
   zoo drift NAME --data DATA           whether the threshold can be trusted for recent normal images
   zoo publish NAME --to ORG/REPO       model, card and record, to the hub or a mirror of it
   zoo benchmark --data DATA            all methods, three seeds: Table 3, Figures 1 and 2, a page
@@ -219,6 +221,7 @@ COMMANDS = {
     "finetune": finetune,
     "evaluate": evaluate,
     "predict": predict,
+    "watch": watch,
     "calibrate": calibrate,
     "drift": drift,
     "publish": publish,
