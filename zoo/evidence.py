@@ -12,14 +12,16 @@ import numpy as np
 
 from zoo import plots
 from zoo.data import load_data
-from zoo.fit import DATA
+from zoo.errors import ZooError
 from zoo.image import read_image
 from zoo.module import AnomalyModule, Evidence
+from zoo.parent import data_of
 from zoo.seen import digest, read_seen
 from zoo.tiles import Tile, tiles_of
 
 CELLS = 7  # side of a crop, in patches of the method's grid: the one in question with what is around it
 
+UNKNOWN = "an image of a model before, which came without names"
 Box = tuple[float, float, float, float]  # (top, left, bottom, right) in pixels
 
 
@@ -43,28 +45,30 @@ class TrainingImages:
     """The images that a model was fitted on, by name, as far as they are still there."""
 
     def __init__(self, model: AnomalyModule):
-        self.model, self.rows, self.digests = model, {}, None
+        self.model, self.sets = model, {}  # DATA -> its rows by name
         try:
-            folder = Path(model.folder)
-            splits = load_data((folder / "private" / DATA).read_text(encoding="utf-8").strip())
-            for split in splits.values():
-                self.rows |= {name: (split, i) for i, name in enumerate(split.with_format(None)["path"])}
-            seen = read_seen(folder)
-            self.digests = seen and seen.digests
-        except Exception:  # it was moved, is damaged, is on another machine: there is no evidence then
-            self.rows = {}
+            seen = read_seen(model.folder) if model.folder else None
+        except ZooError:
+            seen = None
+        self.digests = seen and seen.digests
 
     def read(self, name: str) -> np.ndarray | None:
         """An image above its info bar, as the fit saw it; None where it isn't there, or is another one by now."""
-        if name not in self.rows:
-            return None
-        split, row = self.rows[name]
         try:
-            source = split[row]["image"]
+            source = name if Path(name).is_file() else self._source(name)  # of an update, a path
             image = self.model.view.without_bar(read_image(source), source)
-        except Exception:  # as above
+        except Exception:  # it was moved, is damaged, is on another machine: there is no evidence then
             return None
         return image if self.digests is None or digest(image) in self.digests else None
+
+    def _source(self, name: str) -> Any:
+        data, known = data_of(self.model.folder, name)
+        if data not in self.sets:
+            splits = load_data(data).values()
+            named = ((split, split.with_format(None)["path"]) for split in splits)
+            self.sets[data] = {path: (split, i) for split, paths in named for i, path in enumerate(paths)}
+        split, row = self.sets[data][known]
+        return split[row]["image"]
 
 
 def pairs(
@@ -85,7 +89,8 @@ def pairs(
     if found is None:
         return None
     array = image.array[:height]
-    return [Pair(_crop(model, array, one.cell), _normal(model, training, one), one.name, one.distance) for one in found]
+    crops = ((_crop(model, array, one.cell), _normal(model, training, one)) for one in found)
+    return [Pair(*both, one.name or UNKNOWN, one.distance) for both, one in zip(crops, found, strict=True)]
 
 
 def _normal(model: AnomalyModule, training: TrainingImages, evidence: Evidence) -> Crop | None:

@@ -63,6 +63,9 @@ def unseen_normals(
         )
     if seen is None:
         run.say(f"Whether the model has seen these images can't be checked: it has no private/{FILE}.")
+    checked = seen is not None and _parents_are_known(folder)
+    if seen is not None and not checked:
+        run.say(f"Whether a model that this one goes on from has seen them can't be checked: it had no private/{FILE}.")
     names, contents = seen or (set(), set())
     parts, kept, again, taken, repeated, by_name, before = [], {}, [], set(), 0, 0, 0
     for rows in data.values():
@@ -88,7 +91,7 @@ def unseen_normals(
         what = "that the model hasn't seen" if known is None else "that is new to the model"
         raise TooFewNormals(f"--data {spec.name} has no normal image {what}; add some.")
     _say_left_out(run, len(again) + (by_name if known is not None else 0), before, repeated, own and known is None)
-    return Unseen(parts, kept, repeated, by_name + len(again), before, seen is not None, own)
+    return Unseen(parts, kept, repeated, by_name + len(again), before, checked, own)
 
 
 def _say_left_out(run: RunOptions, again: int, before: int, repeated: int, renamed: bool) -> None:
@@ -124,6 +127,10 @@ def _is_first(content: str, taken: set[str]) -> bool:
     is_first = not content or content not in taken
     taken.add(content)
     return is_first
+
+
+def _parents_are_known(folder: Path) -> bool:
+    return checkpoint.read_record(folder).get("parent", {}).get("checked", True)
 
 
 def _is_own(spec: DataSpec, folder: Path) -> bool:
