@@ -16,7 +16,7 @@ from typing import NamedTuple
 from zoo.data.ignore import FOLDER as IGNORED
 from zoo.errors import ZooError
 from zoo.image import EXTENSIONS
-from zoo.inference import MASK_FOLDERS
+from zoo.inference import MASK_FOLDERS, SPLITS
 from zoo.ledger import LINES, Stamp
 
 TRIES = 10  # of a file that keeps its size and time, before nothing more is hoped for
@@ -161,7 +161,7 @@ def images_below(folder: Path, unreadable: Callable[[str, OSError], None]) -> It
     Raises:
         OSError: the folder itself can't be read.
     """
-    is_set = any((folder / name).is_dir() for name in ("good", "bad", "train", "test"))
+    is_set = any((folder / name).is_dir() for name in SPLITS)
     top, masks = str(folder), {IGNORED, *(MASK_FOLDERS if is_set else ())}
     places = [top]
     while places:

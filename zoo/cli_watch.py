@@ -6,16 +6,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from zoo import checkpoint, hub
 from zoo.arrivals import Arrivals, shown
-from zoo.data.ignore import FOLDER as IGNORED
 from zoo.data.ignore import IgnoreMasks
 from zoo.errors import ZooError
-from zoo.inference import closing_lines
+from zoo.inference import caveats, ignore_place
 from zoo.ledger import Ledger, writing
 from zoo.options import add_run_options, add_view_options, check_tile, make_parser, parse
 from zoo.paths import absolute, locked
@@ -72,7 +70,7 @@ def _run(
     device = device_of(options.device)
     model = hub.from_pretrained(place).to(device)
     model.precision = ledger.settings["precision"]
-    for line in islice(closing_lines(model, [], ledger.out, options.tile), 1, None):  # what the verdicts are worth
+    for line in caveats(model, options.tile):
         say(line)
     done = f"{len(ledger.known):,} file{'s' * (len(ledger.known) != 1)} of before"
     say(f"Watching {shown(folder)}; {done} in {shown(ledger.out)}.")
@@ -107,15 +105,10 @@ def _checked(options: Any) -> tuple[str, Path, Path]:
 
 def _ignore_of(folder: Path, place: str | None) -> IgnoreMasks | None:
     """The ignore masks that `zoo predict` takes for a folder; which images they fit isn't known beforehand."""
-    beside = folder.parent / IGNORED if place is None else absolute(place)
-    if place is None and (folder / IGNORED).is_dir():
-        place = folder / IGNORED
-    elif (beside / folder.name).is_dir():  # of data/good it is data/ignore/good
-        place = beside / folder.name
-    if place is None:
+    if (found := ignore_place(place, folder)) is None:
         return None
-    print(f"Ignore masks are those of {shown(place)}.")
-    return IgnoreMasks(place)
+    print(f"Ignore masks are those of {shown(found)}.")
+    return IgnoreMasks(found)
 
 
 @contextmanager

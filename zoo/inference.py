@@ -16,7 +16,7 @@ from zoo.run import RunOptions, device_of
 if TYPE_CHECKING:  # imported on use: paths are checked before torch is loaded
     from zoo.module import AnomalyModule, Brought, Prediction
 
-MASK_FOLDERS = ("masks", "ground_truth", "train_masks")  # beside the images of a data set
+SPLITS, MASK_FOLDERS = ("good", "bad", "train", "test"), ("masks", "ground_truth", "train_masks")  # of a data set
 OFF_SCALE = 0.1  # of an image's pixels beyond the black and white of its set, where percentiles left out 0.2 %
 COLUMNS = ("image", "score", "p_value", "is_anomalous", "verdict", "num_regions", "heatmap", "mask")
 
@@ -37,10 +37,7 @@ def find_images(paths: Sequence[str | Path], out: Path) -> dict[str, Path]:
                 for f in sorted(path.rglob("*"))
                 if f.suffix.lower() in EXTENSIONS and out.resolve() not in f.resolve().parents
             ]
-            masks = (
-                MASK_FOLDERS if any((path / sibling).is_dir() for sibling in ("good", "bad", "train", "test")) else ()
-            )
-            masks = (*masks, IGNORED)
+            masks = (*(MASK_FOLDERS if any((path / split).is_dir() for split in SPLITS) else ()), IGNORED)
             inside = {file: file.relative_to(path).parts for file in files}
             files = [f for f in files if inside[f][0] not in masks and not any(p[0] == "." for p in inside[f])]
             if not files:
@@ -65,17 +62,22 @@ def find_ignore(place: str | None, paths: Sequence[str | Path], images: dict[str
         ZooError: as `IgnoreMasks`, and masks of which none fits an image.
     """
     if len(paths) == 1:
-        folder = Path(paths[0]).resolve()
-        beside = folder.parent / IGNORED if place is None else user_path(place)
-        if place is None and (folder / IGNORED).is_dir():
-            place = folder / IGNORED
-        elif folder.is_dir() and (beside / folder.name).is_dir():  # of data/good it is data/ignore/good
-            place = beside / folder.name
+        place = ignore_place(place, Path(paths[0]).resolve())
     if place is None:
         return None
     masks = IgnoreMasks(place)
     masks.check(list(images), print)
     return masks
+
+
+def ignore_place(place: str | Path | None, folder: Path) -> str | Path | None:
+    """Where the masks of a folder of images are: `ignore` in or beside it, if none are asked for; None: nowhere."""
+    beside = folder.parent / IGNORED if place is None else user_path(place)
+    if place is None and (folder / IGNORED).is_dir():
+        return folder / IGNORED
+    if folder.is_dir() and (beside / folder.name).is_dir():  # of data/good it is data/ignore/good
+        return beside / folder.name
+    return place
 
 
 @dataclass
@@ -173,6 +175,12 @@ def closing_lines(model: "AnomalyModule", rows: list[dict[str, Any]], out: Path,
     if more := sum(bool(row["num_regions"]) and not row["is_anomalous"] for row in rows):
         called += f", {more} more with regions"
     yield f"Scored {len(rows)} image{'s' * (len(rows) != 1)}, {called}; results are in {out}."
+    yield from caveats(model, tile)
+
+
+def caveats(model: "AnomalyModule", tile: int | None) -> Iterator[str]:
+    """Why verdicts state no rate, if they don't."""
+    known = model.calibration
     if not known:
         yield "The model has no threshold: its fit held no images out, or was stopped before it scored them."
     elif known.calibrated and known.precision != model.precision:
