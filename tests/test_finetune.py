@@ -91,7 +91,7 @@ def test_each_method_goes_on_and_names_its_parent(method, parents, images, tmp_p
     changed = {k for k, v in model.state_dict().items() if not torch.equal(v, parent.state_dict().get(k))}
     assert not any(name.startswith("features.") for name in changed)
     if method not in ONE_PASS:
-        assert record["training"]["steps"] <= 10 and record["configuration"]["trainer"]["lr_scale"] == 0.1
+        assert record["training"]["steps"] <= 10 and record["configuration"]["trainer"]["lr_scale"] == 0.3
         assert bool(changed) == bool(record["training"]["selection"]["step"])
     else:
         assert changed

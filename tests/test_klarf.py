@@ -58,14 +58,14 @@ def test_positions_and_sizes(tmp_path):
         numbers = (defect.x_rel, defect.y_rel, defect.x_size, defect.y_size, defect.area, defect.d_size)
         assert numbers == pytest.approx((x, y, width, height, area, max(width, height)), rel=1e-9)
         assert defect.point[0] == pytest.approx((die - 1.5) * 0.75 + x)  # from the middle of the row of dies
-        assert (defect.class_number, defect.test_id, defect.image_count) == (1, 1, 1)
+        assert (defect.class_number, defect.test_id) == (1, 1)
     assert (found.die_pitch.x, found.die_pitch.y) == pytest.approx((300 * 0.0025, 200 * 0.0025))
     about = wafer.summary
     assert (about.number_of_defects, about.number_of_dies, about.number_of_def_dies) == (3, 3, 2)
     area = 2 * 60_000 * 0.0025**2 + 30_000 * 0.0004**2  # um^2
     assert about.defect_density == pytest.approx(3 / (area * 1e-8), rel=1e-9)
     text = (tmp_path / "x.klarf").read_text(encoding="utf-8")
-    assert 'TiffFileName "with space ü.tif";' in text and f"AreaPerTest {area:.10e};" in text
+    assert wafer.tests[0].area == pytest.approx(area) and text.count("DefectList") == 1
     assert text.endswith("EndOfFile;\n")
 
 
@@ -78,11 +78,9 @@ def test_no_defects(tmp_path):
 
 
 def test_names_end_no_line_of_the_file(tmp_path):
-    place = tmp_path / "a" / 'q";\nEndOfFile; x.png'
-    found = written(tmp_path / "x.klarf", [row(str(place), boxes=[(0, 0, 4, 4)]), row("b.png", boxes=[(0, 0, 4, 4)])])
-    assert len(found.wafers[0].defects) == 2
+    write_klarf(tmp_path / "x.klarf", [row("a.png")], Labels(), 'q";\nEndOfFile; x', ("stfpm", "0"))
     text = (tmp_path / "x.klarf").read_text()
-    assert 'TiffFileName "a/q___EndOfFile_ x.png";' in text and text.count("EndOfFile;") == 1
+    assert 'SetupID "q___EndOfFile_ x" ' in text and text.count("EndOfFile;") == 1
 
 
 @pytest.mark.parametrize("text", ["", " ", 'a"b', "a;b", "a\nb"])
@@ -151,8 +149,6 @@ def test_from_the_command_line(images, tmp_path, capsys):
             )
     assert next(defects, None) is None and found.lot_id == "L1"
     assert str(file) in capsys.readouterr().out
-    shown = [line for line in file.read_text().splitlines() if line.startswith("TiffFileName")]
-    assert shown[0] == 'TiffFileName "images/a 0.tif";' and len(shown) == 4
 
 
 def test_what_is_not_looked_at_is_no_inspected_area(images, tmp_path):

@@ -1,7 +1,7 @@
 """Go on from a fitted model, local or from the hub, with normal images of another process, tool or lot.
 
-Methods that learn by gradient continue from their weights: at a tenth of their rates, for few steps, and end early
-where held-out normal images are no longer seen as more normal. Those that keep statistics add the new images to them.
+Methods that learn by gradient continue from their weights: at lower rates, for few steps, and end early where held-out
+normal images are no longer seen as more normal. Those that keep statistics add the new images to them.
 """
 
 from collections.abc import Sequence

@@ -5,11 +5,11 @@ XREL and YREL are the middle of the region's box, in micrometres from the lower 
 upwards; XSIZE and YSIZE are the box, DSIZE its longer side, and DEFECTAREA the area of the region itself. DiePitch is
 the largest image. The sample is the least circle that the row fits into: where on a wafer they lie, images don't tell.
 
-Each image with defects has a DefectList of its own, after a TiffFileName that names its file, as review tools write it.
+All defects are in one DefectList, which any reader takes whole. Which file an image is, predictions.csv tells by its
+number: the format's pictures are those of a multi-page TIFF, which images of a folder are not.
 """
 
 import math
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -22,7 +22,7 @@ from zoo.errors import ZooError
 
 COLUMNS = (
     *("DEFECTID", "XREL", "YREL", "XINDEX", "YINDEX", "XSIZE", "YSIZE", "DEFECTAREA", "DSIZE"),
-    *("CLASSNUMBER", "TEST", "CLUSTERNUMBER", "ROUGHBINNUMBER", "FINEBINNUMBER", "IMAGECOUNT", "IMAGELIST"),
+    *("CLASSNUMBER", "TEST", "CLUSTERNUMBER", "ROUGHBINNUMBER", "FINEBINNUMBER"),
 )
 CLASSES = ("Unclassified", "Anomaly")  # by number; regions are of the last one
 UM2_PER_CM2 = 1e8
@@ -76,7 +76,7 @@ def write_klarf(
     """Write a KLARF 1.2 file.
 
     Args:
-        path: of the file; names of images in it are relative to its folder.
+        path: of the file.
         rows: of predictions.json, each with `regions`, `pixel_nm`, `size` and `looked_at`.
         setup: what the images were inspected by: the name of the model.
         station: its method and the start of its weights' SHA-256, as model and number of the inspection station.
@@ -86,7 +86,7 @@ def write_klarf(
     """
     check_rows(rows)
     now = datetime.now().strftime("%m-%d-%Y %H:%M:%S")
-    lines = [*_head(rows, labels, now, _safe(setup), station), *_defects(rows, path.parent), *_summary(rows)]
+    lines = [*_head(rows, labels, now, _safe(setup), station), *_defects(rows), *_summary(rows)]
     write_text(path, "\n".join(lines) + "\n")
 
 
@@ -120,27 +120,23 @@ def _head(
     yield f"AreaPerTest {_numbers(_area(rows))};"  # um^2, without info bars and what is ignored
 
 
-def _defects(rows: Sequence[dict[str, Any]], folder: Path) -> Iterator[str]:
+def _defects(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield f"DefectRecordSpec {len(COLUMNS)} {' '.join(COLUMNS)};"
-    number = 0
-    for die, row in enumerate(rows):
-        if not row["regions"]:
-            continue
-        yield f"TiffFileName {_file(row['image'], folder)};"
+    found = [(die, row, region) for die, row in enumerate(rows) for region in row["regions"]]
+    if found:
         yield "DefectList"
-        yield from _ended(_record(number + i, die, row, region) for i, region in enumerate(row["regions"], start=1))
-        number += len(row["regions"])
-    if not number:
+        yield from _ended(_record(number, *defect) for number, defect in enumerate(found, start=1))
+    else:
         yield "DefectList;"
 
 
 def _record(number: int, die: int, row: dict[str, Any], region: dict[str, Any]) -> str:
-    """A line with the values of `COLUMNS`: of the image's one picture, the first of its file."""
+    """A line with the values of `COLUMNS`."""
     (top, left, bottom, right), um = region["box"], _um(row)
     x, y = (left + right) / 2 * um, (row["size"][0] - (top + bottom) / 2) * um
     width, height = (right - left) * um, (bottom - top) * um
     sizes = _numbers(width, height, region["area"] * um**2, max(width, height))
-    return f" {number} {_numbers(x, y)} {die} 0 {sizes} {len(CLASSES) - 1} 1 0 0 0 1 1 0"
+    return f" {number} {_numbers(x, y)} {die} 0 {sizes} {len(CLASSES) - 1} 1 0 0 0"
 
 
 def _summary(rows: Sequence[dict[str, Any]]) -> Iterator[str]:
@@ -171,15 +167,6 @@ def _ended(lines: Iterator[str]) -> Iterator[str]:
     *most, last = lines
     yield from most
     yield f"{last};"
-
-
-def _file(image: str, folder: Path) -> str:
-    """The name of a file, relative to a folder where it can be, in quotes where it has spaces."""
-    path = os.path.abspath(image)
-    if Path(path).anchor == Path(os.path.abspath(folder)).anchor:  # the same drive
-        path = os.path.relpath(path, folder)
-    name = _safe(Path(path).as_posix())
-    return f'"{name}"' if re.search(r"\s", name) else name
 
 
 def _safe(text: str) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # imported on use
 BATCH = 32  # images a batch, where no preset says otherwise
 # Of fine-tuning: steps, share of the learning rates, tenths of the steps without progress after which it ends, and
 # weight of what the parent has gathered.
-STEPS, LR_SCALE, PATIENCE, SHARE = 100, 0.1, 3, 0.5
+STEPS, LR_SCALE, PATIENCE, SHARE = 200, 0.3, 3, 0.5
 
 
 @dataclass
