@@ -209,7 +209,7 @@ class KeepBest(L.Callback):
         patience: int | None = None,
     ):
         self.rule, self.batches, self.every, self.say, self.patience = rule, batches, every, say, patience
-        self.step, self.value, self.last, self.worse = 0, math.nan, 0, 0
+        self.step, self.value, self.last, self.worse, self.of = 0, math.nan, 0, 0, ""
         self.state: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: L.Trainer, module: AnomalyModule) -> None:
@@ -238,17 +238,17 @@ class KeepBest(L.Callback):
         self.say(f"Kept step {self.step}{before}: {self._name()} {self.value:.4g}.{early}")
 
     def _name(self) -> str:
-        return "mean map of held-out normals" if self.rule == "normal" else self.rule
+        return f"{self.of} of held-out normals" if self.rule == "normal" else self.rule
 
     @torch.no_grad()
     def _measure(self, trainer: L.Trainer, module: AnomalyModule) -> None:
-        self.last = module.steps_taken
+        self.last, self.of = module.steps_taken, module.surprises_by
         if module.phases and int(module.phase) < len(module.phases) - 1:
             return
         module.eval()
         module.share_statistics()
         with trainer.precision_plugin.forward_context():
-            value = (_mean_map if self.rule == "normal" else self._metric)(module, self.batches())
+            value = (_surprise if self.rule == "normal" else self._metric)(module, self.batches())
         module.train()
         if not self.state or (value < self.value if self.rule == "normal" else value > self.value):
             self.step, self.value, self.worse = module.steps_taken, value, 0
@@ -268,19 +268,17 @@ class KeepBest(L.Callback):
         return found[self.rule]
 
     def state_dict(self) -> dict[str, Any]:
-        return {key: getattr(self, key) for key in ("step", "value", "last", "worse", "state")}
+        return {key: getattr(self, key) for key in ("step", "value", "last", "worse", "of", "state")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
 
 
-def _mean_map(module: AnomalyModule, batches: Iterable[list[Batch]]) -> float:
+def _surprise(module: AnomalyModule, batches: Iterable[list[Batch]]) -> float:
     sums = torch.zeros(2, dtype=torch.float64)  # of the pixels, and their number
     for part in (part for parts in batches for part in parts):
-        part = part.to(module.device)
-        maps = module.score_images(part.image, part.roi).map
-        maps = maps if part.roi is None else maps[part.roi]
-        sums += torch.tensor([float(maps.double().sum()), maps.numel()], dtype=torch.float64)
+        total, number = module.surprise(part.to(module.device))
+        sums += torch.tensor([float(total), number], dtype=torch.float64)
     total, count = torch.stack(ranks.gather(sums)).sum(0).tolist()
     return total / count
 

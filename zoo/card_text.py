@@ -263,7 +263,7 @@ def _training(found: dict[str, Any]) -> str:
         f"({found['epochs']:,g} epoch{'s' * (found['epochs'] != 1)})"
     )
     if kept := found.get("selection"):
-        rule = "the lowest mean map" if kept["rule"] == "normal" else f"`{kept['rule']}`"
+        rule = f"the lowest {kept.get('of', 'mean map')}" if kept["rule"] == "normal" else f"`{kept['rule']}`"
         said += f"; kept is step {kept['step']:,}, chosen by {rule} on {count(kept['images'], 'image')}"
     return said
 

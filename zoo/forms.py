@@ -95,6 +95,7 @@ class Kept(TypedDict):
     rule: str
     step: int
     images: int
+    of: NotRequired[str]
 
 
 class Training(TypedDict):

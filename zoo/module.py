@@ -113,6 +113,7 @@ class AnomalyModule(LearningModule):
     """
 
     method: ClassVar[str]
+    surprises_by: ClassVar[str] = "mean map"  # what `surprise` gives
     score_forms: ClassVar[tuple[str, ...]] = ()  # values of its argument `score`, of a method that has several
     local_arguments: ClassVar[tuple[str, ...]] = ("backbone_weights",)  # paths of this machine, which are not kept
     channels: int = 3  # what the network takes; grey is repeated, colour is averaged
@@ -170,6 +171,15 @@ class AnomalyModule(LearningModule):
             `private/`, where it is noted which ones they were.
         """
         return None
+
+    def surprise(self, batch: Batch) -> tuple[Tensor, int]:
+        """How unlike what was learned normal images look: sum and number of values, here the pixels of their maps.
+
+        `--select normal` keeps the step whose mean is lowest on held-out normal images.
+        """
+        maps = self.score_images(batch.image, batch.roi).map  # (B, 1, H, W)
+        maps = maps if batch.roi is None else maps[batch.roi]
+        return maps.double().sum(), maps.numel()
 
     # ---- validation and test -----------------------------------------------------------------------------------------
 

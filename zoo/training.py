@@ -52,6 +52,7 @@ def trained(trainer: L.Trainer, module: AnomalyDataModule, seconds: float) -> di
     for keeper in best:
         images = len(module.holdout_set if keeper.rule == "normal" else module.test_set)
         about["selection"] = {"rule": keeper.rule, "step": keeper.step, "value": keeper.value, "images": images}
+        about["selection"] |= {"of": keeper.of} if keeper.rule == "normal" else {}
     return about
 
 

@@ -83,7 +83,7 @@ class SuperSimpleNet(AnomalyModule):
         seed: of the initial weights, the order of the images and the noise.
     """
 
-    method = "supersimplenet"
+    method, surprises_by = "supersimplenet", "loss"
 
     def __init__(
         self,
@@ -142,6 +142,15 @@ class SuperSimpleNet(AnomalyModule):
         return self.adaptor(F.avg_pool2d(joined, 3, stride=1, padding=1)).float()  # bfloat16 rounds weak noise away
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
+        return self.total_loss(**self.losses(batch))
+
+    def surprise(self, batch: Batch) -> tuple[Tensor, int]:
+        """By the loss, with the same noise each time: the map of normal images alone falls without end."""
+        with seeded(self.hparams.seed, 1):
+            return len(batch.image) * sum(self.losses(batch).values()).double(), len(batch.image)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The parts of the loss: noisy features are to be told from others, at each position and in the whole."""
         adapted = self.adapt(batch.image)
         defects, unlocated = self.labelled_defects(batch, adapted.shape[-2:])
         adapted, defects, unlocated = (torch.cat([x, x]) for x in (adapted, defects, unlocated))  # 2B
@@ -152,11 +161,12 @@ class SuperSimpleNet(AnomalyModule):
         target = noisy | defects
         focal = focal_loss(logits, target, self.hparams.focal_gamma)
         normal, anomalous = F.relu(self.hparams.margin + logits), F.relu(self.hparams.margin - logits)
-        return self.total_loss(
-            focal=mean_where(focal, located.expand_as(focal)),
-            hinge=mean_where(normal, ~target & located) + mean_where(anomalous, target & located),
-            classification=focal_loss(score, target.flatten(1).any(1) | unlocated, self.hparams.focal_gamma).mean(),
-        )
+        whole = focal_loss(score, target.flatten(1).any(1) | unlocated, self.hparams.focal_gamma)
+        return {
+            "focal": mean_where(focal, located.expand_as(focal)),
+            "hinge": mean_where(normal, ~target & located) + mean_where(anomalous, target & located),
+            "classification": whole.mean(),
+        }
 
     def labelled_defects(self, batch: Batch, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Positions of known defects (B, 1, h, w), and which images (B,) are anomalous, nobody knows where."""
