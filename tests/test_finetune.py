@@ -22,7 +22,7 @@ from zoo.finetune import finetune
 from zoo.fit import fit
 from zoo.hub import from_pretrained
 from zoo.image import read_image
-from zoo.methods import list_methods
+from zoo.methods import list_methods, presets
 from zoo.module import Batch
 from zoo.publish import stage
 from zoo.run import RunOptions
@@ -114,7 +114,8 @@ def test_held_out_normals_are_no_less_normal_than_before(method, parents, images
     if method == "supersimplenet":  # whose map of normal images alone tells nothing
         x = torch.stack([torch.from_numpy(read_image(path) / np.float32(255))[None] for path in paths])
         with torch.no_grad():
-            parts = [Batch(x[:8], held[:8]), Batch(x[8:], held[8:])]  # the noise is drawn for a batch
+            size = min(8, presets(method, "lite")["data"]["batch_size"])  # the noise is drawn for a batch
+            parts = [Batch(x[i : i + size], held[i : i + size]) for i in range(0, len(x), size)]
             means = [sum(float(m.surprise(part)[0]) for part in parts) for m in (parent, model)]
     else:
         means = [np.mean([p.map.mean(dtype=np.float64) for p in m.predict(paths)]) for m in (parent, model)]

@@ -32,7 +32,7 @@ SIZES = {"fanogan": 64, "ganomaly": 128, "iad_inpainting": 128, "riad": 128}  # 
 SHARE_OF_STEPS = 0.3
 IMAGES, HELD = 20, 5
 PARENT = "synthetic:train=180,good=1,defect=1,size=224,seed={seed}"
-FINE = "synthetic:train=20,good=40,defect=40,size=224,style=fine,seed={seed}"
+FINE = "synthetic:train=20,good=80,defect=80,size=224,style=fine,seed={seed}"
 FIGURES = ("image_auroc", "pixel_auroc", "pixel_ap", "pixel_aupro")
 
 
