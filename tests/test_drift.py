@@ -20,7 +20,7 @@ from zoo.data.synthetic import render
 from zoo.drift import LEAST, compare, drift
 from zoo.errors import ZooError
 from zoo.hub import model_place
-from zoo.looks import FACTS, Watch, facts
+from zoo.looks import FACTS, Onlooker, facts
 from zoo.methods import create_model
 from zoo.module import Batch
 from zoo.reference import Reference, read_reference, write_reference
@@ -104,7 +104,7 @@ def test_features_are_those_of_the_scoring(model):
     module = zoo.from_pretrained("m").eval()
     images = torch.rand(3, 1, SIZE, SIZE, generator=torch.Generator().manual_seed(1))
     batch = Batch(images, ["a", "b", "c"])
-    with torch.inference_mode(), Watch(module) as watch:
+    with torch.inference_mode(), Onlooker(module) as watch:
         module.score_images(batch.image)
         found = np.stack(watch.looks(batch))
     expected = torch.cat([m.mean((2, 3)) for m in module.features(module.prepare(images))], 1)
@@ -119,7 +119,7 @@ def test_features_of_tiles_are_weighted_by_what_is_looked_at(model):
     images = torch.rand(2, 1, 100, 64, generator=torch.Generator().manual_seed(2))
     roi = torch.ones_like(images, dtype=torch.bool)
     roi[0, :, 50:] = False  # the second tile's core: nothing of it is looked at
-    with torch.inference_mode(), Watch(module) as watch:
+    with torch.inference_mode(), Onlooker(module) as watch:
         module.score_images(images, roi)
         found = np.stack(watch.looks(Batch(images, ["a", "b"], roi=roi)))[:, len(FACTS) :]
     tiles = tiles_of((100, 64), 64)
@@ -141,7 +141,7 @@ def test_features_of_tiles_are_weighted_by_what_is_looked_at(model):
 def test_a_method_without_backbone_has_the_facts_alone():
     module = create_model("ganomaly", preset="lite", input_size=32).eval()
     batch = Batch(torch.rand(2, 1, 40, 40), ["a", "b"])
-    with torch.inference_mode(), Watch(module) as watch:
+    with torch.inference_mode(), Onlooker(module) as watch:
         module.score_images(batch.image)
         assert np.stack(watch.looks(batch)).shape == (2, len(FACTS))
 
@@ -339,7 +339,10 @@ def test_the_same_again_is_trusted(model, made, tmp_path, capsys):
     out = tmp_path / "new folder" / "drift.json"
     assert run("drift", "m", "--data", made / "same", "--out", out, "--fail-on", "drift") == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-1].startswith("The threshold can be trusted: ") and said[-1].count(". ") == 0
+    assert (
+        said[-1].startswith("The threshold can be trusted, as far as so few images tell: ")
+        and said[-1].count(". ") == 0
+    )
     found = json.loads(out.read_text())
     assert found["verdict"] == "trusted" and found["sentence"] == said[-1] and found["images"] == 50
     assert [shift["what"] for shift in found["shifts"]] == ["scores", *FACTS, "features"]

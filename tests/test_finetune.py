@@ -70,6 +70,16 @@ def parents(images, tmp_path_factory):
     return make
 
 
+def noted(folder, role):
+    """Names of the images of a role, of the model's own DATA."""
+    lines = csv.DictReader(open(folder / "private/seen.csv"))
+    return [line["image"] for line in lines if line["role"] == role and line["image"]]
+
+
+def tensor(paths):
+    return torch.stack([torch.from_numpy(read_image(path) / np.float32(255))[None] for path in paths])
+
+
 def go_on(method, parents, images, home, name="child", **options):
     if method not in ONE_PASS:
         options = {"trainer_options": {"max_steps": 10}} | options
@@ -107,8 +117,7 @@ def test_each_method_goes_on_and_names_its_parent(method, parents, images, tmp_p
 def test_held_out_normals_are_no_less_normal_than_before(method, parents, images, tmp_path):
     parent = from_pretrained(parents(method))
     model, _ = go_on(method, parents, images, tmp_path)
-    lines = list(csv.DictReader(open(tmp_path / "models/child/private/seen.csv")))
-    held = [line["image"] for line in lines if line["role"] == ("held out" if method in ONE_PASS else "selection")]
+    held = noted(model.folder, "held out" if method in ONE_PASS else "selection")
     paths = [images / "second" / name for name in held]
     assert len(paths) == 12
     if method == "supersimplenet":  # whose map of normal images alone tells nothing
@@ -177,6 +186,107 @@ def test_an_early_end_keeps_the_weights_it_began_with(parents, images, tmp_path,
     assert said[-1].endswith("The fit ended at step 15.")
 
 
+def test_what_begins_is_measured_with_its_new_statistics(parents, images, tmp_path, monkeypatch):
+    values = iter(range(1, 100))
+    monkeypatch.setattr(callbacks, "_surprise", lambda module, batches: float(next(values)))
+    model, record = go_on("cfa", parents, images, tmp_path, parent_share=None)
+    assert record["training"]["selection"]["step"] == 0 and model.stands_for == 12 + 12
+    parent = from_pretrained(parents("cfa"))
+    own = [images / "second" / name for name in noted(model.folder, "fit")]
+    with torch.no_grad():
+        new = parent.describe(tensor(own), parent._untrained()).double().mean(0).flatten(1).T
+    torch.testing.assert_close(model.bank.double(), (parent.bank.double() + new) / 2, atol=1e-5, rtol=1e-5)
+    assert torch.equal(model.descriptor.weight, parent.descriptor.weight)
+
+
+def test_a_resumed_fit_knows_what_its_statistics_stand_for(parents, images, tmp_path, monkeypatch):
+    class Stop(L.Callback):
+        def on_train_batch_start(self, trainer, module, *_):
+            if stop and module.steps_taken == 3:
+                raise KeyboardInterrupt
+
+    parents("cfa")
+    monkeypatch.setattr("zoo.fitting.training", with_callback(Stop()))
+    options = {"trainer_options": {"max_steps": 6, "select": "last"}, "checkpoint_minutes": 0, "parent_share": None}
+    stop = True
+    with pytest.raises(KeyboardInterrupt):
+        go_on("cfa", parents, images, tmp_path, **options)
+    stop = False
+    with pytest.raises(ZooError, match="another configuration"):
+        go_on("cfa", parents, images, tmp_path, resume=True, remove=[noted(parents("cfa"), "fit")[0]], **options)
+    model, record = go_on("cfa", parents, images, tmp_path, resume=True, **options)
+    assert record["resumed"] and model.stands_for == 24
+    assert from_pretrained(model.folder).stands_for == 24
+
+
+def test_images_of_a_parent_that_weigh_another_amount_are_not_taken_out(parents, images, tmp_path):
+    model, _ = go_on("padim", parents, images, tmp_path)
+    before = model.center.clone()
+    with pytest.raises(ZooError, match="take it out of that one, and fine-tune anew"):
+        model.update(remove=str(images / "first" / noted(parents("padim"), "fit")[0]))
+    assert torch.equal(model.center, before)
+    model.update(remove=noted(model.folder, "fit")[0])
+    assert model.stands_for == 12 + 11
+
+
+def test_a_small_share_of_a_parent_is_small(parents, images, tmp_path):
+    """The nearer to 0, the nearer to a fit on the same images alone."""
+    parent = from_pretrained(parents("padim"))
+    away = []
+    for share in (0.5, 0.05, 1e-4):
+        model, _ = go_on("padim", parents, images, tmp_path, f"child-{share}".replace(".", "-"), parent_share=share)
+        own = [images / "second" / name for name in noted(model.folder, "fit")]
+        with torch.no_grad():
+            x = parent.embed(tensor(own)).double().numpy()  # (P, n, d)
+        alone = np.stack([np.cov(one, rowvar=False) for one in x]) + parent.hparams.ridge * np.eye(parent.dims)
+        ours = np.linalg.inv((model.whitening.mT @ model.whitening).double().numpy())
+        away.append(np.abs(ours - alone).max() / np.abs(alone).max())
+    assert away == sorted(away, reverse=True) and away[-1] < 2e-3 < away[0]
+
+
+def test_a_removal_before_a_fine_tuning_is_told(parents, images, tmp_path):
+    name = noted(parents("padim"), "fit")[0]
+    model, record = go_on("padim", parents, images, tmp_path, remove=[name])
+    assert record["parent"]["updates"] == [{"added": 0, "removed": 1}] and "updates" not in record
+    assert "1 image was taken out again" in (model.folder / "README.md").read_text()
+    with pytest.raises(ZooError, match="12 of these normal images had a say"):  # it is no image to judge by either
+        calibrate(model, str(images / "first"), 0.3, folder=model.folder)
+
+
+def test_images_added_by_an_update_have_terms_of_their_own(parents, images, tmp_path):
+    model, record = go_on("padim", parents, images, tmp_path)
+    drawn = {"name": "synthetic:train=3", "fingerprint": "f" * 64, "images": 3}
+    record = record | {"train_data": drawn, "parent": record["parent"] | {"train_data": drawn}}
+    config = model.config()
+    assert licence(config, record)["license"] == "apache-2.0"
+    for updated in (record | {"updates": [{"added": 2, "removed": 0}]},):
+        assert licence(config, updated)["license_name"] == "owner-of-the-data"
+        assert "2 normal images were added since, of which no terms are known" in render_card(config, updated)
+    record["parent"]["updates"] = [{"added": 2, "removed": 0}]
+    assert licence(config, record)["license_name"] == "owner-of-the-data"
+
+
+def test_a_supervised_model_goes_on_without_labelled_defects(images, tmp_path):
+    data = "synthetic:train=24,train_defect=4,good=1,defect=1,size=64"
+    arguments = {"input_size": SIZE, "supervised": True}
+    fit("supersimplenet", data, "ssn", "lite", arguments, {}, {"max_steps": 3}, home=tmp_path)
+    parent = tmp_path / "models/ssn"
+    model, _ = finetune(parent, str(images / "second"), "child", trainer_options={"max_steps": 3}, home=tmp_path)
+    assert from_pretrained(model.folder).hparams.supervised is False
+
+
+def test_a_bank_by_ratio_keeps_its_size(images, tmp_path):
+    arguments = {"input_size": SIZE, "coreset_ratio": 0.05}
+    fit("patchcore", str(images / "first"), "p", "lite", arguments, home=tmp_path)
+    model = from_pretrained(tmp_path / "models/p")
+    size = len(model.bank)
+    model.update(sorted((images / "second/train/good").iterdir()))
+    assert len(model.bank) == size
+    model, _ = finetune(tmp_path / "models/p", str(images / "second"), "child", home=tmp_path)
+    assert len(model.bank) == size
+    assert sum(name.startswith("p@") for name, *_ in model.origin) <= size / 2
+
+
 def test_scheduled_rates_are_lowered_too(parents, images, tmp_path, monkeypatch):
     seen = []
 
@@ -200,15 +310,13 @@ def test_images_of_the_parent_stay_known(parents, images, tmp_path):
     model, _ = go_on("padim", parents, images, tmp_path)
     with pytest.raises(ZooError, match="12 of these normal images had a say"):
         calibrate(model, str(images / "first"), 0.3, folder=model.folder)
-    about, rows = calibrate(model, str(images / "second"), 0.3, folder=model.folder)
-    assert len(rows) == 12 + 4  # held out, and the normal test images
-    with pytest.raises(ZooError, match="has learned from all 12 of these images|has learned from all"):
+    about, normals = calibrate(model, str(images / "second"), 0.3, folder=model.folder)
+    assert len(normals.rows) == 12 + 4  # held out, and the normal test images
+    with pytest.raises(ZooError, match="has learned from all 12 of these images"):
         only = tmp_path / "again"
-        learned = [line for line in csv.DictReader(open(model.folder / "private/seen.csv")) if line["role"] == "fit"]
         only.mkdir()
-        for line in learned:
-            if line["image"]:
-                shutil.copy(images / "second" / line["image"], only)
+        for name in noted(model.folder, "fit"):
+            shutil.copy(images / "second" / name, only)
         finetune(model.folder, str(only), "third", home=tmp_path)
     grown, record = finetune(model.folder, str(images / "second"), "grown", home=tmp_path)
     assert record["train_data"]["images"] + record["train_data"]["held_out"] == 12  # those that were held out before
@@ -228,7 +336,7 @@ def test_a_bank_knows_images_of_both_and_forgets_one_by_name(parents, images, tm
     name = sorted(old)[0]
     gone, record = finetune(model.folder, None, "gone", [name], home=tmp_path)
     assert {n for n, *_ in gone.origin} == names - {name}
-    assert record["updates"] == [{"added": 0, "removed": 1}] and gone.calibration is None
+    assert record["parent"]["updates"] == [{"added": 0, "removed": 1}] and gone.calibration is None
     assert record["parent"]["weights_sha256"] == file_sha256(model.folder / "model.safetensors")
     about, _ = calibrate(from_pretrained(gone.folder), str(images / "second"), 0.3, folder=gone.folder)
     assert about["checked"] is True
@@ -239,11 +347,9 @@ def test_the_weight_of_what_a_parent_has_gathered(share, counts, parents, images
     parent = from_pretrained(parents("padim"))
     model, _ = go_on("padim", parents, images, tmp_path, parent_share=share)
     assert model.stands_for == counts
-    lines = csv.DictReader(open(model.folder / "private/seen.csv"))
-    own = [images / "second" / line["image"] for line in lines if line["role"] == "fit" and line["image"]]
-    x = torch.stack([torch.from_numpy(read_image(path) / np.float32(255))[None] for path in own])
+    own = [images / "second" / name for name in noted(model.folder, "fit")]
     with torch.no_grad():
-        new = parent.embed(x).double()  # (P, n, d)
+        new = parent.embed(tensor(own)).double()  # (P, n, d)
     before = counts - len(own)
     mean = (before * parent.center.double() + new.sum(1)) / counts
     torch.testing.assert_close(model.center.double(), mean, atol=1e-5, rtol=1e-5)

@@ -110,6 +110,16 @@ def test_an_image_is_taken_out_once_and_only_if_it_was_learned(method, homes, im
     for wrong in (name, str(more(images)[0])):
         with pytest.raises(ZooError, match="no image that this model knows as learned from"):
             model.update(remove=wrong)
+    other = learned(homes[method])[1]
+    model.update(remove=[other, other, str(images / "lot" / other)])  # the same one, thrice
+    assert model.stands_for == 18 and model.record["updates"][-1] == {"added": 0, "removed": 1}
+    model.update(str(images / "lot" / other))  # and back again
+    for twice in ([more(images)[0]] * 2, [images / "lot" / other]):
+        with pytest.raises(ZooError, match="would be learned twice"):
+            model.update(twice)
+    assert model.stands_for == 19
+    model.update()
+    assert len(model.record["updates"]) == 3
     with pytest.raises(ZooError, match="no image nothing.png"):
         model.update(remove="nothing.png")
     model.folder = None

@@ -34,7 +34,7 @@ from zoo.data.ignore import IgnoreMasks
 from zoo.errors import ZooError
 from zoo.evaluation import described
 from zoo.learning import Batch
-from zoo.looks import Watch
+from zoo.looks import Onlooker
 from zoo.metrics import ranking
 from zoo.module import AnomalyModule
 from zoo.reference import write_reference
@@ -130,7 +130,7 @@ def score_unseen(
     """
     modules = [_module(rows, model, ignore, options) for rows in unseen.parts]
     loaders = [module.test_dataloader() for module in modules if len(module.test_set)]
-    with Watch(model) as watch:
+    with Onlooker(model) as watch:
         normals = score_normals(model, _shown(loaders, run), min_area, watch)
     for module in modules:
         say_broken(module, run)
@@ -215,7 +215,7 @@ class Normals(NamedTuple):
         rows: name, score and level (`zoo.regions.region_level`) of each.
         table: rank table (n, 4) of their pixels.
         sizes: their (height, width), where these are few.
-        looks: (n, 5 + D) of each, as `zoo.looks.Watch` gives them, where it watched.
+        looks: (n, 5 + D) of each, as `zoo.looks.Onlooker` gives them, where it watched.
         digests: of each, where they were taken (`zoo.seen.digest`).
         shapes: the (height, width) of each.
     """
@@ -244,7 +244,7 @@ class Normals(NamedTuple):
 
 @torch.inference_mode()
 def score_normals(
-    model: AnomalyModule, batches: Iterable[Batch], min_area: int = 1, watch: Watch | None = None
+    model: AnomalyModule, batches: Iterable[Batch], min_area: int = 1, watch: Onlooker | None = None
 ) -> Normals:
     """Score each process's share of normal images; no map is kept.
 

@@ -212,8 +212,8 @@ class KeepBest(L.Callback):
         self.step, self.value, self.last, self.worse, self.of = 0, math.nan, 0, 0, ""
         self.state: dict[str, Tensor] = {}
 
-    def on_train_start(self, trainer: L.Trainer, module: AnomalyModule) -> None:
-        if self.patience and not module.steps_taken:
+    def on_train_batch_start(self, trainer: L.Trainer, module: AnomalyModule, *_: Any) -> None:
+        if self.patience and not module.steps_taken and not self.state:
             self._measure(trainer, module)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: AnomalyModule, *_: Any) -> None:

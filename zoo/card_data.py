@@ -65,8 +65,10 @@ def lineage(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def learned_from(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a record tells of all data that weights were learned from; {} where that is not known."""
-    return [record.get("train_data", {}), *(parent.get("train_data", {}) for parent in lineage(record))]
+    """What a record tells of all data that weights were learned from; {} where that is not known, as of updates."""
+    models = [record, *lineage(record)]
+    added = any(update["added"] for model in models for update in model.get("updates", []))
+    return [*(model.get("train_data", {}) for model in models), *([{}] if added else [])]
 
 
 def _licence_with(backbone: dict[str, Any] | None) -> dict[str, str]:

@@ -51,16 +51,17 @@ def _before(parent: dict[str, Any], own: str) -> str:
     if not data:
         return f"{said}; what that one learned from, and on what terms, is not recorded."
     theirs = data_terms(data)
-    return f"{said}, which learned from {_images(data)}. {theirs * (theirs != own)}".strip()
+    parts = [f"{said}, which learned from {_images(data)}.", *_updates(parent), theirs * (theirs != own)]
+    return " ".join(filter(None, parts))
 
 
 def _updates(record: dict[str, Any]) -> list[str]:
-    """What was added to its statistics and taken from them without a fit."""
+    """What was added to a model's statistics and taken from them without a fit."""
     updates = record.get("updates", [])
     added, removed = (sum(update[key] for update in updates) for key in ("added", "removed"))
-    said = [f"{count(added, 'normal image')} {were(added)} added since"] if added else []
+    said = [f"{count(added, 'normal image')} {were(added)} added since, of which no terms are known"] if added else []
     said += [f"{count(removed, 'image')} {were(removed)} taken out again"] if removed else []
-    return [f"{' and '.join(said)}."] if said else []
+    return [f"{'; '.join(said)}."] if said else []
 
 
 def data_terms(data: dict[str, Any], trained: bool = True) -> str:

@@ -342,7 +342,7 @@ def replacing(folder: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name and rename it."""
-    write_bytes(path, text.encode("utf-8"))
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # names of files may be of no encoding
 
 
 def write_bytes(path: Path, data: bytes) -> None:

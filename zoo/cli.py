@@ -13,7 +13,8 @@ from zoo import checkpoint, hub
 from zoo.cli_calibrate import calibrate
 from zoo.cli_data import DATA_USAGE, data
 from zoo.cli_drift import drift
-from zoo.cli_fit import finetune, fit
+from zoo.cli_finetune import finetune
+from zoo.cli_fit import fit
 from zoo.cli_hub import export, import_, publish, release
 from zoo.cli_predict import predict
 from zoo.cli_watch import watch

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from zoo import checkpoint, hub
+from zoo import hub
 from zoo.calibration import normals_needed, supported_rate
 from zoo.data import FORMS, check_data
 from zoo.errors import ZooError
@@ -12,16 +12,14 @@ from zoo.options import (
     add_info_bar_option,
     add_run_options,
     add_trainer_options,
-    add_view_options,
     before_parsing,
-    check_tile,
     data_values,
     make_parser,
     parse,
     run_of,
     to_bytes,
 )
-from zoo.run import LR_SCALE, SHARE, STEPS, plan_training
+from zoo.run import plan_training
 
 
 def fit(argv: list[str]) -> None:
@@ -118,90 +116,4 @@ def fit(argv: list[str]) -> None:
     print(
         f"{verb} {options.name} in {place} "
         f"(fit {record['seconds']['fit']:.1f} s, peak memory {record['peak_memory_mb']:.0f} MB).\nNext: zoo {following}"
-    )
-
-
-def finetune(argv: list[str]) -> None:
-    parser = make_parser("finetune", "Continue a model on normal images of your own; the model itself is kept.")
-    parser.add_argument("parent", metavar="model", help="name or folder of a model, or a repository on the hub")
-    parser.add_argument("--data", type=str | None, default=None, help=f"images: {FORMS}")
-    parser.add_argument("--name", type=str | None, default=None, help="name of the new model in the local registry")
-    parser.add_argument(
-        "--remove",
-        type=str,
-        default=[],
-        nargs="+",
-        help="images to take out of what padim, patchcore or cfa has learned: names in its data, or files",
-    )
-    parser.add_argument(
-        "--parent-share",
-        type=float | None,
-        default=SHARE,
-        help="weight of what padim, patchcore and cfa have gathered before; null: each image counts once",
-    )
-    parser.add_argument("--max-steps", type=int | None, default=None, help=f"optimiser steps at most; null: {STEPS}")
-    parser.add_argument("--max-epochs", type=int | None, default=None, help="passes over the images, instead of steps")
-    parser.add_argument(
-        "--lr-scale", type=float | None, default=None, help=f"share of the learning rates of the fit; null: {LR_SCALE}"
-    )
-    parser.add_argument("--accumulate", type=int | None, default=None, help="batches that make one step")
-    parser.add_argument(
-        "--select",
-        type=str | None,
-        default=None,
-        help="normal (null): the step with the lowest mean map of held-out normals, and an early end; last: all steps",
-    )
-    parser.add_argument("--batch-size", type=int | None, default=None, help="images a batch; null: the preset's")
-    parser.add_argument("--num-workers", type=int | None, default=None, help="decoding processes; null: as for fit")
-    parser.add_argument("--skip-broken", action="store_true", help="leave out images that can't be read, and list them")
-    parser.add_argument("--hold-out", type=int | None, default=None, help="normals to set aside; null: as for fit")
-    parser.add_argument("--info-bar", type=Literal["auto", "none"] | None, default=None, help="null: as the model does")
-    parser.add_argument(
-        "--intensity",
-        type=Literal["keep", "full", "percentile"],
-        default="keep",
-        help="what black and white are: as before, the full scale, or percentiles of these images",
-    )
-    add_view_options(parser)
-    add_run_options(parser, precision=None, devices=True)
-    parser.add_argument(
-        "--resume", action="store_true", help="go on where an interrupted fine-tuning of this name stopped"
-    )
-    parser.add_argument("--checkpoint-minutes", type=float, default=5.0, help="between checkpoints; 0: each batch")
-    options = parse(parser, argv)
-    command = f"zoo finetune {options.parent} --data DATA --name NEW"
-    if not options.name or not (options.data or options.remove):
-        raise ZooError(f"zoo finetune needs {'--data' if options.name else '--name'}: {command}.")
-    if not options.checkpoint_minutes >= 0:
-        raise ZooError(f"--checkpoint-minutes is at least 0, not {options.checkpoint_minutes}.")
-    check_tile(options.tile)
-    folder = hub.find_model(options.parent)
-    checkpoint.read_config(folder)
-    place = hub.model_place(options.name)
-    verb = "Replaced" if place.exists() else "Saved"
-    if options.data:
-        check_data(options.data)
-
-    from zoo.finetune import check_names
-    from zoo.finetune import finetune as run
-
-    check_names(folder, options.name)
-    keys = ("batch_size", "num_workers", "skip_broken", "hold_out", "info_bar", "intensity", "tile", "ignore")
-    training = {key: options[key] for key in ("max_steps", "max_epochs", "lr_scale", "accumulate", "select")}
-    model, record = run(
-        options.parent,
-        options.data,
-        options.name,
-        options.remove,
-        {key: options[key] for key in keys},
-        training,
-        options.parent_share,
-        run_of(options, checkpoint.read_config(folder)["precision"]),
-        resume=options.resume,
-        checkpoint_minutes=options.checkpoint_minutes,
-    )
-    parent = record["parent"]
-    print(
-        f"{verb} {options.name} in {place}, from {parent['name']} (SHA-256 {parent['weights_sha256'][:12]}...).\n"
-        f"Next: zoo calibrate {options.name} --data NORMALS --false-alarm-rate 0.01"
     )

@@ -8,7 +8,7 @@ from zoo import checkpoint, hub
 from zoo.calibration import stored
 from zoo.errors import ZooError
 from zoo.inference import Found, closing_lines, find_ignore, find_images, predict_files
-from zoo.klarf import Labels, write_klarf
+from zoo.klarf import Labels, check_place, write_klarf
 from zoo.options import add_run_options, add_view_options, check_tile, make_parser, parse, run_of
 from zoo.paths import user_path
 from zoo.ranks import launched
@@ -55,6 +55,8 @@ def predict(argv: list[str]) -> int:
         print(line)
     if launched()[0]:  # of several processes the first one writes, and ends with the code that counts
         return 0
+    if not options.report and (out / "report.html").exists():
+        print(f"{out / 'report.html'} is of an earlier run; --report writes a new one.")
     if options.report:
         notes = [*found.lines(model, with_broken=False), *lines[1:]]
         _write_report(options, model, hub.name_of(folder), found, notes, ignore is not None)
@@ -62,7 +64,8 @@ def predict(argv: list[str]) -> int:
         station = (model.method.replace("_", "-"), config["weights_sha256"][:12])
         write_klarf(user_path(options.klarf), rows, labels, hub.name_of(folder), station)
         print(f"The KLARF file is {options.klarf}.")
-    return _exit_code(options.fail_on, found)
+    known = config["calibration"]
+    return _exit_code(options.fail_on, found, bool(known and known["calibrated"]))
 
 
 def _write_report(
@@ -99,8 +102,8 @@ def _check_output_options(options: Any, config: dict[str, Any]) -> Labels:
     labels = Labels(options.lot, options.wafer, options.device_id, options.step)
     if not options.klarf and labels != Labels():
         raise ZooError("--lot, --wafer, --device-id and --step stand in a KLARF file; give --klarf FILE with them.")
-    if options.klarf and user_path(options.klarf).is_dir():
-        raise ZooError(f"--klarf {options.klarf} is a folder; name a file in it.")
+    if options.klarf:
+        check_place(user_path(options.klarf))
     if options.pixel_nm is not None and not 0 < options.pixel_nm < math.inf:
         raise ZooError(f"--pixel-nm is the side of a pixel in nm, above 0, not {options.pixel_nm:g}.")
     asked = "--klarf" if options.klarf else "--fail-on regions" if options.fail_on == "regions" else None
@@ -140,8 +143,11 @@ def _check_pixel_size(image: Path) -> None:
         raise ZooError(f"--klarf needs the size of a pixel, and {image} doesn't tell it; give --pixel-nm.")
 
 
-def _exit_code(fail_on: str | None, found: Found) -> int:
+def _exit_code(fail_on: str | None, found: Found, is_stated: bool) -> int:
     """1 for what was found, else 0.
+
+    Args:
+        is_stated: whether the model has a rate, which may not hold for each image.
 
     Raises:
         ZooError: nothing was found, but not all images could be judged.
@@ -150,7 +156,8 @@ def _exit_code(fail_on: str | None, found: Found) -> int:
         return 0
     rows = found.rows.values()
     if fail_on == "anomalies":
-        failed, what, unjudged = sum(row["verdict"].startswith("anomalous") for row in rows), "called anomalous", []
+        failed, what = sum(row["verdict"].startswith("anomalous") for row in rows), "called anomalous"
+        unjudged = [row["image"] for row in rows if is_stated and row["is_anomalous"] is None]
     else:
         failed, what = sum(bool(row["num_regions"]) for row in rows), "with regions"
         unjudged = [row["image"] for row in rows if row["num_regions"] is None]

@@ -184,8 +184,9 @@ def _judged(
             f"Too few images to tell: {image.in_words()}, and {bound}; "
             f"give at least {LEAST}, or better {max(needed, LEAST):,}."
         )
+    few = "" if images >= needed else ", as far as so few images tell"
     return "trusted", (
-        f"The threshold can be trusted: {image.in_words()}, where at most {rate} may be, and no shift was "
+        f"The threshold can be trusted{few}: {image.in_words()}, where at most {rate} may be, and no shift was "
         f"found; {bound}."
     )
 

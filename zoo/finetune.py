@@ -16,7 +16,7 @@ from zoo.fitting import Keeping, learn
 from zoo.methods import presets
 from zoo.module import AnomalyModule
 from zoo.parent import DATA, EARLIER, Parent
-from zoo.run import LR_SCALE, PATIENCE, SHARE, STEPS, DataOptions, RunOptions, TrainerOptions, checked, device_of
+from zoo.run import SHARE, DataOptions, RunOptions, check_share, device_of, plan_finetuning
 from zoo.trainer import first_speaks
 
 
@@ -42,7 +42,8 @@ def finetune(
         data: DATA specification; None where images are only to be removed.
         name: keep the model under this name in the local registry.
         remove: names of images that the parent has learned from and should not have, see `zoo.updating.update`.
-        data_options: fields of `DataOptions`; `info_bar`, `intensity` and `tile` are the parent's where they are None.
+        data_options: fields of `DataOptions`; `intensity` and `tile` are the parent's where they are None,
+            `info_bar` always.
         trainer_options: fields of `TrainerOptions`, of methods that learn by gradient; None where they are as usual.
         parent_share: weight of the parent's statistics (PaDiM's moments, CFA's means) among the child's, in (0, 1), and
             the highest share of PatchCore's bank that it keeps; None: each image counts once, and PatchCore's bank is a
@@ -58,60 +59,32 @@ def finetune(
     """
     folder = hub.find_model(parent)
     if name is not None:
-        check_names(folder, name, home)
-    if parent_share is not None and not 0 < parent_share < 1:
-        raise ZooError(f"--parent-share lies between 0 and 1, not {parent_share}.")
+        hub.check_child(folder, name, home)
+    check_share(parent_share)
     spec = check_data(data) if data else None
     model = hub.from_pretrained(folder)
     if model.view.crop:
         raise ZooError(f"{parent} was fitted on cropped images, for parity runs; fine-tune one of another preset.")
     run = first_speaks(run or RunOptions(precision=model.precision))
-    device = device_of(run.device)
-    ours = Parent(folder, checkpoint.read_config(folder), checkpoint.read_record(folder), parent_share)
-    plan = plan_finetuning(model, trainer_options or {})
+    device, plan = device_of(run.device), plan_finetuning(model.method, trainer_options or {})
     if remove:
         model.to(device).update(remove=list(remove))
-        run.say(f"{len(remove)} image{'s' * (len(remove) != 1)} taken out of {ours.name}.")
+        count = len(set(remove))
+        run.say(f"{count} image{'s' * (count != 1)} taken out of {hub.name_of(folder)}.")
+    config, kept = checkpoint.read_config(folder), model.record or {"method": model.method}
+    ours = Parent(folder, config, kept, parent_share, tuple(remove), model.notes.get(seen.FILE))
     keeping = Keeping(name, home, resume, checkpoint_minutes)
     if spec is None:
         return _kept(model, ours, keeping)
     options = _data_options(model, ours, data_options or {})
     model.precision, model.calibration, model.selection, model.last_weights = run.precision, None, None, {}
     model.continues, model.parent_share = True, parent_share
+    if model.uses_defects and not spec.counts["train"][1]:
+        model.hparams.supervised = False
+        run.say("The data has no labelled defects: what is learned from is normal images alone.")
     if hasattr(model, "origin"):
         model.origin = [(ours.named(image), *place) for image, *place in model.origin]
     return learn(model, data, spec, options, plan, run, keeping, parent=ours)
-
-
-def check_names(folder: Path, name: str, home: Path | None = None) -> None:
-    """Raises ZooError where a model of this name can't be kept, or would take the place of its parent."""
-    place = hub.model_place(name, home)
-    if place.resolve() == folder.resolve():
-        raise ZooError(f"--name {name} is the model itself; give the new one another name, and the old one is kept.")
-    checkpoint.check_place(place)
-
-
-def plan_finetuning(model: AnomalyModule, given: dict[str, Any]) -> TrainerOptions | None:
-    """How a model is to be trained further; None for a method that has no training steps.
-
-    Raises:
-        ZooError: a value of no use, or options of training for a method that has none.
-    """
-    given = {key: value for key, value in given.items() if value is not None}
-    if not model.learns_by_gradient:
-        if given:
-            option = f"--{min(given).replace('_', '-')}"
-            raise ZooError(f"{model.method} learns in one pass without training steps; leave {option} out.")
-        return None
-    steps = {} if given.keys() & {"max_steps", "max_epochs"} else {"max_steps": STEPS}
-    plan = checked(TrainerOptions(**({"select": "normal", "lr_scale": LR_SCALE} | steps | given)))
-    if plan.select not in ("last", "normal"):
-        raise ZooError(
-            f"--select is normal or last: a model is fine-tuned on normal images alone, not by {plan.select}."
-        )
-    if not 0 < plan.lr_scale < float("inf"):
-        raise ZooError(f"--lr-scale is above 0, not {plan.lr_scale}.")
-    return replace(plan, patience=PATIENCE if plan.select == "normal" else None)
 
 
 def _data_options(model: AnomalyModule, parent: Parent, given: dict[str, Any]) -> DataOptions:
@@ -119,16 +92,17 @@ def _data_options(model: AnomalyModule, parent: Parent, given: dict[str, Any]) -
     usual = {"batch_size": DataOptions().batch_size}
     if model.preset:
         usual |= {k: v for k, v in presets(model.method, model.preset).get("data", {}).items() if k == "batch_size"}
-    usual |= {"info_bar": model.view.info_bar, "intensity": "keep", "tile": model.view.tile}
+    usual |= {"intensity": "keep", "tile": model.view.tile}
     options = DataOptions(**(usual | {key: value for key, value in given.items() if value is not None}))
-    options.tile = options.tile or None
-    model.view = replace(model.view, resize=None, tile=options.tile, info_bar=options.info_bar, bars=())
+    options.tile, options.info_bar = options.tile or None, model.view.info_bar  # by which images are known again
+    model.view = replace(model.view, resize=None, tile=options.tile, bars=())
     return options
 
 
 def _kept(model: AnomalyModule, parent: Parent, keeping: Keeping) -> tuple[AnomalyModule, dict[str, Any]]:
     """A model that has lost images and learned from no others; it has no threshold."""
-    model.record = (model.record or {"method": model.method}) | {"parent": parent.described()}
+    model.record = parent.record | {"parent": parent.described()}
+    model.record.pop("updates", None)  # they are its parent's
     if earlier := parent.ancestors():
         model.record["ancestors"] = earlier
     if keeping.place is not None:

@@ -29,6 +29,7 @@ from zoo.trainer import ending, make_trainer, quiet, say_broken
 from zoo.training import kept, trained, training
 from zoo.view import View
 
+HELD_OUT_RULES = ("last", "normal")  # of a selection that looks at no test image
 LONG = 10  # batches: a longer fit is announced with the time and memory that it will take
 
 
@@ -40,10 +41,15 @@ class Keeping:
     home: Path | None = None
     resume: bool = False
     minutes: float = 5.0
+    unfinished: Unfinished | None = None  # once the fit has begun
 
     @property
     def place(self) -> Path | None:
         return None if self.name is None else hub.model_place(self.name, self.home)
+
+    def begin(self, run: RunOptions) -> Unfinished:
+        self.unfinished = Unfinished(hub.unfinished_place(self.name, self.home), self.minutes, run.say)
+        return self.unfinished
 
 
 def learn(
@@ -68,16 +74,72 @@ def learn(
 
     Returns, raises: as `fit`.
     """
-    place, name = keeping.place, keeping.name
     if not spec.counts["train"][0]:
         raise ZooError(f"--data {data} has no normal images to fit on; put some into train/good or good.")
     model.plan = (plan.kept() if plan else {}) | (parent.plan() if parent else {})
     if plan and plan.accumulate > 1 and not model.automatic_optimization:
         raise ZooError(f"{model.method} takes several steps of its own on a batch; leave --accumulate out.")
-    by_metric = plan is not None and plan.select not in ("last", "normal")
+    module = _module_of(model, spec, options, plan, run, parent)
+    wanted = _takes_pairs(model.method) and not model.hparams.inpainting_pairs
+    own = wanted and _give_pairs(model, spec, module, run)
+    needs = _announce(model, module, run, memory_limit)
+    trainer, seconds, resumed = _run(model, module, plan, run, keeping)
+    start = time.perf_counter()
+    heldout = calibrate_on_heldout(model, module, trainer.strategy.root_device)
+    spent = {"fit": round(sum(seconds), 2), "held_out": round(time.perf_counter() - start, 2)}
+    result = {
+        "method": model.method,
+        "configuration": {"preset": model.preset, "model": model.kept_arguments(), "data": options.kept()},
+        **({"parent": parent.described(), "ancestors": parent.ancestors()} if parent else {}),
+        "seed": model.hparams.seed,
+        "precision": run.precision,
+        "train_data": _learned_from(model, module, spec, len(heldout)) | ({"pairs_of": spec.name} if own else {}),
+        "seconds": spent,
+        "peak_memory_mb": record.peak_memory_mb(),
+        **record.peak_device_memory(trainer.strategy.root_device),
+        "processes": trainer.world_size,
+        **record.environment(trainer.strategy.root_device),
+    }
+    if needs is not None:
+        result["estimate"] = {"seconds": round(needs.seconds, 1), "memory_mb": round(needs.bytes / 2**20, 1)}
+    if resumed:
+        result["resumed"] = True  # the seconds are those of all processes, up to the checkpoints that were gone on from
+    private = {"heldout.csv": checkpoint.csv_text(["image", "score"], heldout)}
+    if plan is not None:
+        result["configuration"]["trainer"] = plan.kept()
+        result["training"] = trained(trainer, module, seconds[0])
+        if plan.select not in HELD_OUT_RULES:
+            chosen = {"metric": plan.select, "fingerprint": spec.origin, "seed": SEED}
+            model.selection = chosen | {"test": spec.counts["test"]}
+            names = module.test_set.with_format(None)["path"]
+            private["selection.csv"] = checkpoint.csv_text(["image"], [[name] for name in names])
+    if module.broken:
+        private["broken.csv"] = checkpoint.csv_text(["image", "reason"], module.broken)
+    say_broken(module, run)
+    model.record = result
+    if keeping.place is not None:
+        start = time.perf_counter()
+        private |= _notes(model, module, data, plan, parent, run)
+        spent["seen"] = round(time.perf_counter() - start, 2)
+        if trainer.is_global_zero:
+            model.folder = model.save_pretrained(keeping.place, private=private)
+            keeping.unfinished.discard()
+    return model, result
+
+
+def _module_of(
+    model: AnomalyModule,
+    spec: DataSpec,
+    options: DataOptions,
+    plan: TrainerOptions | None,
+    run: RunOptions,
+    parent: Parent | None,
+) -> AnomalyDataModule:
+    """The images that a model learns from, as it sees them, which it takes up."""
+    by_metric = plan is not None and plan.select not in HELD_OUT_RULES
     found = validation_half(load_data(spec), plan.select) if by_metric else _train_only(spec)
     module = AnomalyDataModule(
-        parent.unseen(found, model.view, run) if parent else found,
+        parent.unseen(found, run) if parent else found,
         input_size=model.size,
         seed=model.hparams.seed,
         fingerprint=spec.fingerprint,
@@ -88,85 +150,52 @@ def learn(
     )
     model.view = _of_originals(module.look(options.info_bar, options.intensity), spec)
     _say_view(model.view, run)
-    wanted = _takes_pairs(model.method) and not model.hparams.inpainting_pairs
-    own = wanted and _give_pairs(model, spec, module, run)
-    needs = _announce(model, module, run, memory_limit)
+    return module
+
+
+def _run(
+    model: AnomalyModule, module: AnomalyDataModule, plan: TrainerOptions | None, run: RunOptions, keeping: Keeping
+) -> tuple[L.Trainer, tuple[float, float], bool]:
+    """Learn; the Trainer, the seconds that this process and earlier ones took, and whether it went on from those."""
     callbacks: list[L.Callback] = []
-    limits = {"max_epochs": 1}
+    limits, path, unfinished = {"max_epochs": 1}, None, None
     if plan is not None:
         limits, callbacks = training(plan, module, run)
-    path = unfinished = None
-    if name is not None:
-        unfinished = Unfinished(hub.unfinished_place(name, keeping.home), keeping.minutes, run.say)
+    if keeping.name is not None:
+        unfinished = keeping.begin(run)
         path = checkpoint_to_resume(unfinished.path, keeping.resume, run)
         callbacks.append(unfinished)
     start = time.perf_counter()
-    with quiet(), ending("fit", "; the same command with --resume goes on" if name else ""):
+    with quiet(), ending("fit", "; the same command with --resume goes on" if unfinished else ""):
         trainer = make_trainer(run, callbacks, **limits)
         try:
             trainer.fit(model, datamodule=module, ckpt_path=path, weights_only=True)
         except NotFinite as error:
             if unfinished is not None and trainer.is_global_zero:
                 unfinished.path.unlink(missing_ok=True)  # going on from there would end here again
-            raise kept(error, model, place and unfinished.path.with_name("last-good")) from None
+            raise kept(error, model, unfinished and unfinished.path.with_name("last-good")) from None
     model.eval()
-    own_seconds = time.perf_counter() - start
-    seconds = {"fit": round(own_seconds + (unfinished.spent if unfinished else 0.0), 2)}
-    start = time.perf_counter()
-    heldout = calibrate_on_heldout(model, module, trainer.strategy.root_device)
-    seconds["held_out"] = round(time.perf_counter() - start, 2)
+    return trainer, (time.perf_counter() - start, unfinished.spent if unfinished else 0.0), path is not None
+
+
+def _learned_from(model: AnomalyModule, module: AnomalyDataModule, spec: DataSpec, held_out: int) -> dict[str, Any]:
     defects = module.num_defects if model.uses_defects else 0
-    result = {
-        "method": model.method,
-        "configuration": {"preset": model.preset, "model": model.kept_arguments(), "data": options.kept()},
-        **({"parent": parent.described(), "ancestors": parent.ancestors()} if parent else {}),
-        "seed": model.hparams.seed,
-        "precision": run.precision,
-        "train_data": described(spec)
-        | {"images": module.num_images - defects, "defects": defects}
-        | ({"tiles": module.num_train_images} if options.tile else {})
-        | {"held_out": len(heldout), "broken": len(module.broken)}
-        | model.further_sources()
-        | ({"pairs_of": spec.name} if own else {}),
-        "seconds": seconds,
-        "peak_memory_mb": record.peak_memory_mb(),
-        **record.peak_device_memory(trainer.strategy.root_device),
-        "processes": trainer.world_size,
-        **record.environment(trainer.strategy.root_device),
-    }
-    if needs is not None:
-        result["estimate"] = {"seconds": round(needs.seconds, 1), "memory_mb": round(needs.bytes / 2**20, 1)}
-    if path is not None:
-        result["resumed"] = True  # the seconds are those of all processes, up to the checkpoints that were gone on from
-    private = {"heldout.csv": checkpoint.csv_text(["image", "score"], heldout)}
-    if place is not None:
-        start = time.perf_counter()
-        private[DATA] = f"{located(data)}\n"
-        select = plan.select if plan else None
-        private[seen.FILE] = seen.note(module, select, getattr(model, "pairs", []), run.progress)
-        if parent:
-            private |= parent.private(private[seen.FILE])
-        seconds["seen"] = round(time.perf_counter() - start, 2)
-    if plan is not None:
-        result["configuration"]["trainer"] = plan.kept()
-        result["training"] = trained(trainer, module, own_seconds)
-        if by_metric:
-            model.selection = {
-                "metric": plan.select,
-                "fingerprint": spec.origin,
-                "seed": SEED,
-                "test": spec.counts["test"],
-            }
-            names = module.test_set.with_format(None)["path"]
-            private["selection.csv"] = checkpoint.csv_text(["image"], [[name] for name in names])
-    if module.broken:
-        private["broken.csv"] = checkpoint.csv_text(["image", "reason"], module.broken)
-    say_broken(module, run)
-    model.record = result
-    if place is not None and trainer.is_global_zero:
-        model.folder = model.save_pretrained(place, private=private)
-        unfinished.discard()
-    return model, result
+    about = described(spec) | {"images": module.num_images - defects, "defects": defects}
+    about |= {"tiles": module.num_train_images} if module.view.tile else {}
+    return about | {"held_out": held_out, "broken": len(module.broken)} | model.further_sources()
+
+
+def _notes(
+    model: AnomalyModule,
+    module: AnomalyDataModule,
+    data: str,
+    plan: TrainerOptions | None,
+    parent: Parent | None,
+    run: RunOptions,
+) -> dict[str, str]:
+    """Private files: where the images are, and which of them have been seen."""
+    images = seen.note(module, plan.select if plan else None, getattr(model, "pairs", []), run.progress)
+    return {DATA: f"{located(data)}\n", seen.FILE: images} | (parent.private(images) if parent else {})
 
 
 def _of_originals(view: View, spec: DataSpec) -> View:

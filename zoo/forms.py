@@ -136,13 +136,19 @@ class Benchmark(TypedDict):
     date: NotRequired[str]
 
 
-class Parent(TypedDict):
+class Update(TypedDict):
+    added: int
+    removed: int
+
+
+class Before(TypedDict):
     """What a model was before it was fine-tuned."""
 
     weights_sha256: str
     name: NotRequired[str]
     hub: NotRequired[str]
     train_data: NotRequired[Learned]
+    updates: NotRequired[list[Update]]
     checked: NotRequired[bool]
 
 
@@ -153,8 +159,9 @@ class Record(TypedDict, total=False):
     metrics: dict[str, float]
     test_data: Tested
     train_data: Learned
-    parent: Parent
-    ancestors: list[Parent]
+    parent: Before
+    ancestors: list[Before]
+    updates: list[Update]
     readings: dict[str, Reading]
     other_scores: dict[str, dict[str, float]]
     protocol: Protocol

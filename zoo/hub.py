@@ -38,6 +38,14 @@ def model_place(name: str, home: Path | None = None) -> Path:
     return (home / "models" if home else registry()) / name.replace("_", "-")
 
 
+def check_child(parent: Path, name: str, home: Path | None = None) -> None:
+    """Raises ZooError where a model of this name can't be kept, or would take the place of its parent."""
+    place = model_place(name, home)
+    if place.resolve() == parent.resolve():
+        raise ZooError(f"--name {name} is the model itself; give the new one another name, and the old one is kept.")
+    checkpoint.check_place(place)
+
+
 def unfinished_place(name: str, home: Path | None = None) -> Path:
     """Where the checkpoint of a fit under way is kept, until its model is."""
     place = model_place(name, home)

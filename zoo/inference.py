@@ -136,14 +136,19 @@ def predict_files(
     """
     if out.exists() and not out.is_dir():
         raise ZooError(f"--out {out} is a file; name a folder.")
+    if (out / "predictions.jsonl").exists():
+        raise ZooError(f"{out} holds the results of zoo watch; name another folder by --out.")
+    from zoo.trainer import ending
+
     rank, world = ranks.connect()
     model.to(device_of(run.device))
     model.precision = run.precision
     own, failure = Found(), None
     with model.seen_in_tiles(tile):
         try:
-            share = dict(list(images.items())[rank::world])
-            _predict_files(model, share, out, batch_size, ignore, skip_broken, run.progress and not rank, own, pixel_nm)
+            share, progress = dict(list(images.items())[rank::world]), run.progress and not rank
+            with ending("scoring"):
+                _predict_files(model, share, out, batch_size, ignore, skip_broken, progress, own, pixel_nm)
         except BaseException as error:  # whatever stops it, what was done is listed
             failure = error
         parts = ranks.gather((own, None if failure is None else str(failure) or repr(failure)))

@@ -267,7 +267,7 @@ def _write(path: Path, pieces: Iterator[str]) -> None:
     temporary = path.with_name(f".{path.name}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.writelines(pieces)
         temporary.replace(path)
     except OSError as error:

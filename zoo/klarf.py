@@ -24,6 +24,7 @@ COLUMNS = (
     *("DEFECTID", "XREL", "YREL", "XINDEX", "YINDEX", "XSIZE", "YSIZE", "DEFECTAREA", "DSIZE"),
     *("CLASSNUMBER", "TEST", "CLUSTERNUMBER", "ROUGHBINNUMBER", "FINEBINNUMBER"),
 )
+BEGINNING = "FileVersion"
 CLASSES = ("Unclassified", "Anomaly")  # by number; regions are of the last one
 UM2_PER_CM2 = 1e8
 
@@ -48,6 +49,21 @@ class Labels:
                 raise ZooError(
                     f"The {label.name} of a KLARF file is a text without quotes and semicolons, not {text!r}."
                 )
+
+
+def check_place(path: Path) -> None:
+    """Raises ZooError for a place where something else lies than an earlier KLARF file."""
+    if path.is_dir():
+        raise ZooError(f"--klarf {path} is a folder; name a file in it.")
+    try:
+        with open(path, "rb") as file:
+            is_klarf = file.read(len(BEGINNING)) == BEGINNING.encode()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise ZooError(f"--klarf {path} can't be written ({error.strerror}); name another file.") from error
+    if not is_klarf:
+        raise ZooError(f"--klarf {path} is there and is no KLARF file; name another one, and it is kept.")
 
 
 def check_rows(rows: Sequence[dict[str, Any]]) -> None:
@@ -95,7 +111,7 @@ def _head(
 ) -> Iterator[str]:
     pitch = [max(row["size"][side] * _um(row) for row in rows) for side in (1, 0)]  # x, y
     row_of_dies = (len(rows) * pitch[0], pitch[1])
-    yield "FileVersion 1 2;"
+    yield f"{BEGINNING} 1 2;"
     yield f"FileTimestamp {now};"
     yield 'InspectionStationID "zoo" "{}" "{}";'.format(*map(_safe, station))
     yield "SampleType WAFER;"

@@ -286,10 +286,11 @@ class LearningModule(L.LightningModule):
         others = (ranks.receive(source, self.device) for source in range(1, world) if not rank)
         ckpt["fit_state"] = [state, *(move_data_to_device(other, "cpu") for other in others)]
         ckpt["observed"], ckpt["precision"], ckpt["private"] = self.observed, self.precision, self.private_state()
-        ckpt["plan"], ckpt["zoo_version"] = self.plan, metadata.version("zoo")
+        ckpt["plan"], ckpt["zoo_version"], ckpt["stands_for"] = self.plan, metadata.version("zoo"), self.stands_for
 
     def on_load_checkpoint(self, ckpt: dict[str, Any]) -> None:
         self.load_private_state(ckpt["private"])
+        self.stands_for = ckpt.get("stands_for")
         if self._trainer is None or self.trainer.state.fn != "fit":
             return
         progress = ckpt["loops"]["fit_loop"]["epoch_loop.batch_progress"]

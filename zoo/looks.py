@@ -100,7 +100,7 @@ def _shading(away: Tensor, inside: Tensor | None) -> Tensor:
     return slopes[..., 0].norm(dim=1)
 
 
-class Watch:
+class Onlooker:
     """Within it, each image that a model scores is looked at too; its features are those of the scoring itself.
 
     Features are means over the positions of each layer's channels, over all tiles of an image that is seen in tiles,

@@ -494,7 +494,7 @@ class AnomalyModule(LearningModule):
 
         how = {"private": private, "token": token, "branch": branch, "tag": tag, "commit_message": commit_message}
         with tempfile.TemporaryDirectory() as place:
-            folder = self.save_pretrained(Path(place) / "model", private=self._known_images())
+            folder = self.save_pretrained(Path(place) / "model", private=self._known_images() | self.notes)
             how |= {"data_names": data_names, "overwrite_card": overwrite_card, "replace": replace}
             return publish(folder, repo_id, **how)
 

@@ -19,6 +19,7 @@ from zoo.view import View
 
 DATA = "data.txt"  # in `private/`: the DATA of the fit, on this machine
 PREFIXED = re.compile(r"[\w.-]+@[0-9a-f]{8}:")
+BEFORE = "before"  # role of images that a model before has seen, whose weight in this one may be another
 EARLIER = "earlier.json"  # in `private/`: DATA of the models before, by the prefix of their images' names
 KEPT = ("name", "fingerprint", "origin", "hub", "terms", "images", "defects", "inpainting_pairs", "pairs_of")
 
@@ -29,14 +30,18 @@ class Parent:
 
     Attributes:
         folder: of the model.
-        config, record: of it.
+        config, record: of it; the record tells of images that were taken out before the fit.
         share: weight of its statistics, see `LearningModule.parent_share`.
+        removed: names of images that were taken out before the fit.
+        notes: what it has seen, as `zoo.seen.note` gives it; None: as its folder has it.
     """
 
     folder: Path
     config: dict[str, Any]
     record: dict[str, Any]
     share: float | None = None
+    removed: tuple[str, ...] = ()
+    notes: str | None = None
 
     @property
     def name(self) -> str:
@@ -49,7 +54,7 @@ class Parent:
 
     def plan(self) -> dict[str, Any]:
         """What a resumed fit must have in common with the one that was interrupted."""
-        return {"parent": self.config["weights_sha256"], "parent_share": self.share}
+        return {"parent": self.config["weights_sha256"], "parent_share": self.share, "removed": list(self.removed)}
 
     def described(self) -> dict[str, Any]:
         """What a record says of it: the SHA-256 of its weights, and what these were learned from."""
@@ -58,6 +63,8 @@ class Parent:
         if hub.is_cached(self.folder):
             repo = self.folder.parents[1].name.removeprefix("models--").replace("--", "/")
             about["hub"] = f"{repo}@{self.folder.name}"
+        if updates := self.record.get("updates"):
+            about["updates"] = updates
         if learned:
             about["train_data"] = {key: learned[key] for key in KEPT if key in learned}
         return about | {"checked": self._lines() is not None and self.record.get("parent", {}).get("checked", True)}
@@ -67,7 +74,7 @@ class Parent:
         parent = self.record.get("parent")
         return [parent, *self.record.get("ancestors", [])] if parent else []
 
-    def unseen(self, data: DatasetDict, view: View, run: RunOptions) -> DatasetDict:
+    def unseen(self, data: DatasetDict, run: RunOptions) -> DatasetDict:
         """The data without the training images that had a say in its weights; how many is said.
 
         Raises:
@@ -77,7 +84,7 @@ class Parent:
             run.say(f"Whether {self.name} has learned from these images can't be checked: it has no private/{FILE}.")
             return data
         train = data["train"]
-        found = digests(train, view, progress=run.progress)
+        found = digests(train, View.stored(self.config["preprocessing"]), progress=run.progress)
         fresh = [row for row, content in enumerate(found) if content not in known.digests]
         if not fresh:
             raise ZooError(f"{self.name} has learned from all {len(found):,} of these images; give it others.")
@@ -92,7 +99,7 @@ class Parent:
             seen: what its own fit has seen, as `zoo.seen.note` gives it; to that come the parent's images, by their
                 content alone, as names mean images of one DATA.
         """
-        lines = [[role, "", content] for role, _, content in self._lines() or [] if role != HELD_OUT]
+        lines = [[BEFORE, "", content] for role, _, content in self._lines() or [] if role != HELD_OUT]
         own = list(csv.reader(io.StringIO(seen)))
         before = self.folder / "private" / EARLIER
         earlier = checkpoint.read_json(before)
@@ -102,7 +109,8 @@ class Parent:
     @property
     def prefix(self) -> str:
         """What tells the names of its images from those of the DATA that is gone on with."""
-        return f"{self.name}@{self.config['weights_sha256'][:8]}:"
+        name = re.sub(r"[^\w.-]", "_", self.name)
+        return f"{name}@{self.config['weights_sha256'][:8]}:"
 
     def named(self, image: str) -> str:
         """The name of an image that it has seen, as a model that goes on from it knows it."""
@@ -110,10 +118,10 @@ class Parent:
 
     def _lines(self) -> list[list[str]] | None:
         """Role, name and digest of each image that it noted; None where it has no notes."""
-        if read_seen(self.folder) is None:
+        if self.notes is None and read_seen(self.folder) is None:
             return None
-        with open(self.folder / "private" / FILE, encoding="utf-8", newline="") as file:
-            return list(csv.reader(file))[1:]
+        notes = (self.folder / "private" / FILE).read_text(encoding="utf-8") if self.notes is None else self.notes
+        return list(csv.reader(io.StringIO(notes)))[1:]
 
 
 def data_of(folder: Path, image: str) -> tuple[str | None, str]:

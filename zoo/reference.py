@@ -58,7 +58,7 @@ def write_reference(folder: Path, calibration: Calibration, digests: Sequence[st
     Args:
         folder: of the model.
         digests: of each image.
-        looks: (n, 5 + D), as `zoo.looks.Watch` gives them.
+        looks: (n, 5 + D), as `zoo.looks.Onlooker` gives them.
     """
     from safetensors.numpy import save
 

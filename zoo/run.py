@@ -1,7 +1,7 @@
 """Where and how a run computes, and how long it trains."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from zoo.errors import ZooError
@@ -141,3 +141,27 @@ def checked(plan: TrainerOptions) -> TrainerOptions:
     if min(n for n in (plan.accumulate, plan.max_epochs, plan.max_steps) if n is not None) < 1:
         raise ZooError("--max-steps, --max-epochs and --accumulate are at least 1.")
     return plan
+
+
+def plan_finetuning(method: str, given: dict[str, Any]) -> TrainerOptions | None:
+    """How a fitted model is to be trained further; None for a method that has no training steps.
+
+    Raises:
+        ZooError: a value of no use, or options of training for a method that has none.
+    """
+    given = {key: value for key, value in given.items() if value is not None}
+    if plan_training(method, "lite", {}) is None:
+        return plan_training(method, "lite", given)
+    steps = {} if given.keys() & {"max_steps", "max_epochs"} else {"max_steps": STEPS}
+    plan = checked(TrainerOptions(**({"select": "normal", "lr_scale": LR_SCALE} | steps | given)))
+    if plan.select not in ("last", "normal"):
+        raise ZooError(f"--select is normal or last, not {plan.select}: a model is fine-tuned on normal images alone.")
+    if not 0 < plan.lr_scale < float("inf"):
+        raise ZooError(f"--lr-scale is above 0, not {plan.lr_scale}.")
+    return replace(plan, patience=PATIENCE if plan.select == "normal" else None)
+
+
+def check_share(share: float | None) -> None:
+    """Raises ZooError for what can't be the weight of a parent's statistics."""
+    if share is not None and not 0 < share < 1:
+        raise ZooError(f"--parent-share lies between 0 and 1, not {share:g}.")

@@ -58,6 +58,8 @@ def ending(what: str, hint: str = "") -> Iterator[None]:
         raise ZooError(f"The {what} was asked to end{hint}.") from error
     except torch.OutOfMemoryError as error:
         raise ZooError("The device's memory is full; lower --batch-size.") from error
+    except MemoryError as error:
+        raise ZooError("Memory is full; lower --batch-size, or see large images in tiles.") from error
     except SystemExit as error:
         raise KeyboardInterrupt from error
 

@@ -75,9 +75,9 @@ class Watch:
         images = [(file, image) for file in files if (image := self._decoded(file))]
         try:
             predictions = self.model.predict_brought([image for _, image in images], self.batch_size)
-        except ZooError as error:  # of one of them
+        except (ZooError, MemoryError, RuntimeError) as error:  # of one of them, such as one that is too large
             if len(images) == 1:
-                self._note(images[0][0], _broken(str(error)))
+                self._note(images[0][0], _broken(str(error).partition("\n")[0] or "memory is full"))
             else:
                 for file, _ in images:
                     self._score([file.path], stopped)

@@ -31,7 +31,7 @@ from zoo.data.datamodule import AnomalyDataModule
 from zoo.drift import compare
 from zoo.findings import LEVEL
 from zoo.fit import fit
-from zoo.looks import Watch
+from zoo.looks import Onlooker
 from zoo.record import environment
 from zoo.reference import Reference, as_kept
 
@@ -56,7 +56,7 @@ def looked_at(model, data: str, change: Callable[[Tensor], Tensor] = lambda imag
     rows = load_data(data)["train"]
     module = AnomalyDataModule(DatasetDict(train=rows.select([]), test=rows))
     batches = chain.from_iterable(module.test_dataloader())
-    with Watch(model) as watch:
+    with Onlooker(model) as watch:
         return score_normals(model, (batch._replace(image=change(batch.image)) for batch in batches), watch=watch)
 
 

@@ -159,6 +159,7 @@ class PaDiM(AnomalyModule):
     def recall(self, share: float | None = None) -> None:
         """Means and whitening factors -> the sums that give them, as far as float32 has kept these."""
         self.count = self.images_before(share)
+        freedom = 1 - 1 / self.stands_for if self.stands_for else 1  # of a covariance, a share of its images
         eye = torch.eye(self.dims, dtype=torch.float64, device=self.center.device)
         for center, whitening in zip(*(x.split(self._part()) for x in (self.center, self.whitening)), strict=True):
             self.moments.append(self._zeros(center))
@@ -168,7 +169,7 @@ class PaDiM(AnomalyModule):
                 factor = torch.linalg.solve_triangular(whitening[where].double(), eye, upper=False)  # (q, d, d)
                 covariance = factor @ factor.mT - self.hparams.ridge * eye
                 mean = center[where].double()
-                lower = covariance * max(self.count - 1, 1) + self.count * torch.einsum("pi,pj->pij", mean, mean)
+                lower = self.count * freedom * covariance + self.count * torch.einsum("pi,pj->pij", mean, mean)
                 end = 0
                 for row in rows:
                     first, end = end, row.shape[2]

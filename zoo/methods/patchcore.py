@@ -98,7 +98,7 @@ class PatchCore(AnomalyModule):
         self.names: list[str] = []  # of the images seen
         self.stream = StreamingCoreset(bank_size, working_set * bank_size, seed)
         self.kept: list[tuple[Tensor, Tensor]] = []  # all vectors and their source (image, row, column), for a ratio
-        self.recalled = 0  # of these, vectors of an earlier bank
+        self.recalled = 0  # size of the bank that is gone on from, which the new one keeps, for a ratio
 
     def embed(self, images: Tensor) -> Tensor:
         """Images (B, C, H, W) -> patch vectors on the grid of the first layer (B, D, h, w)."""
@@ -135,18 +135,18 @@ class PatchCore(AnomalyModule):
             self.bank, source = self.stream.finish()
         else:
             vectors, source = self._joined()
-            new = len(vectors) - self.recalled
-            size = max(1, self.recalled + round(self.hparams.coreset_ratio * new))
+            size = self.recalled or max(1, round(self.hparams.coreset_ratio * len(vectors)))
             chosen, _ = greedy_coreset(vectors, size, seed=self.hparams.seed, project_to=self.hparams.project_to)
             self.bank, source = vectors[chosen], source[chosen]
         self.origin = [(self.names[image], row, column) for image, row, column in source.tolist()]
         self.forget()
 
     def recall(self, share: float | None = None) -> None:
-        """The bank's vectors become the first candidates; with a share, so much of `bank_size` of them at most."""
+        """The bank's vectors become the first candidates; with a share, so much of the bank at most."""
         bank, origin, most = self.bank, self.origin or [UNKNOWN] * len(self.bank), len(self.bank)
         if share is not None:
-            most = min(most, max(1, round(share * self.hparams.bank_size)))
+            size = self.hparams.bank_size if self.hparams.coreset_ratio is None else len(bank)
+            most = min(most, max(1, round(share * size)))
         if most < len(bank):
             chosen, _ = greedy_coreset(bank, most, seed=self.hparams.seed)
             bank, origin = bank[chosen], [origin[i] for i in chosen.tolist()]
@@ -157,22 +157,18 @@ class PatchCore(AnomalyModule):
             with full_precision(bank):
                 self.stream.add(bank, source)
         else:
-            self.kept, self.recalled = [(bank, source)], len(bank)
+            self.kept, self.recalled = [(bank, source)], len(self.bank)
 
-    def exclude(self, name: str) -> bool:
-        """Take the vectors of an image out of the bank; False where it has none.
+    def exclude(self, name: str) -> None:
+        """Take the vectors of an image, if there are any, out of the bank.
 
         Raises:
-            ZooError: it is not known which image each vector came from, or none would be left.
+            ZooError: none would be left.
         """
-        if not self.origin:
-            raise ZooError("The bank came without the names of its images, so that none can be removed by name.")
         kept = [i for i, (image, *_) in enumerate(self.origin) if image != name]
         if not kept:
             raise ZooError(f"All vectors of the bank are of {name}; add other images first.")
-        found = len(kept) < len(self.origin)
         self.bank, self.origin = self.bank[kept], [self.origin[i] for i in kept]
-        return found
 
     def forget(self) -> None:
         self.names, self.kept, self.recalled = [], [], 0
