@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import re
 import shutil
 from html.parser import HTMLParser
@@ -19,7 +20,7 @@ from zoo import evidence, inspection
 from zoo.cli import main
 from zoo.data import load_data
 from zoo.methods import create_model
-from zoo.module import Batch
+from zoo.module import AnomalyModule, Batch
 from zoo.tiles import tiles_of
 
 NAMES = {"square": '<b>&"x.png', "tif": "über 16 bit.tif"}
@@ -340,9 +341,27 @@ def test_exit_codes(mvtec, tmp_path, capsys):
     assert predict(good, "--fail-on", "anomalies") == 2
 
 
+def test_a_name_of_no_encoding_and_memory_that_is_full(mvtec, tmp_path, capsys, monkeypatch):
+    odd = os.fsencode(tmp_path / "in") + b"/bad\xff.png"
+    (tmp_path / "in").mkdir()
+    shutil.copy(os.fsencode(mvtec / "test/square/000.png"), odd)
+    assert run("predict", "m", tmp_path / "in", "--out", tmp_path / "out", "--report") == 0
+    assert "bad\\udcff.png" in (tmp_path / "out/predictions.csv").read_text()
+    assert (tmp_path / "out/report.html").is_file() and (tmp_path / "out/predictions.json").is_file()
+    capsys.readouterr()
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(AnomalyModule, "predict_brought", full)
+    assert run("predict", "m", tmp_path / "in", "--out", tmp_path / "full") == 2
+    assert capsys.readouterr().err == "zoo: The device's memory is full; lower --batch-size.\n"
+
+
 def test_other_sizes_have_no_regions_to_fail_on(mvtec, tmp_path, capsys):
     image = np.asarray(Image.open(mvtec / "test/good/000.png"))
     Image.fromarray(image[:80]).save(tmp_path / "small.png")
     command = ("predict", "m", tmp_path / "small.png", "--out", tmp_path / "out", "--fail-on")
-    assert run(*command, "regions") == 2
-    assert "1 could not be judged, such as" in capsys.readouterr().err
+    for what in ("regions", "anomalies"):
+        assert run(*command, what) == 2
+        assert "1 could not be judged, such as" in capsys.readouterr().err

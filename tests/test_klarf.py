@@ -83,6 +83,17 @@ def test_names_end_no_line_of_the_file(tmp_path):
     assert 'SetupID "q___EndOfFile_ x" ' in text and text.count("EndOfFile;") == 1
 
 
+def test_only_a_klarf_file_is_written_over(images, tmp_path, capsys):
+    image = images / "b2.png"
+    before = image.read_bytes()
+    command = ("predict", "m", image, "--out", tmp_path / "out", "--pixel-nm", 4, "--klarf")
+    assert run(*command, image) == 2
+    assert "is there and is no KLARF file" in capsys.readouterr().err
+    assert image.read_bytes() == before and not (tmp_path / "out").exists()
+    for _ in range(2):
+        assert run(*command, tmp_path / "x.klarf") == 0
+
+
 @pytest.mark.parametrize("text", ["", " ", 'a"b', "a;b", "a\nb"])
 def test_labels_that_end_no_text(text):
     with pytest.raises(ZooError, match="lot of a KLARF file is a text"):

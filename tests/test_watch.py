@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+import torch
 from PIL import Image
 
 import zoo
@@ -26,6 +27,7 @@ from zoo.cli import main
 from zoo.errors import ZooError
 from zoo.image import read_image
 from zoo.ledger import Ledger, Stamp
+from zoo.module import AnomalyModule
 from zoo.paths import locked
 
 SETTINGS = {"weights_sha256": "0" * 64, "tile": None, "precision": "32-true"}
@@ -404,6 +406,36 @@ def test_a_watch_that_is_killed_goes_on(place, tmp_path, model):
 def row_of(image, **more):
     row = dict.fromkeys((*zoo.inference.COLUMNS, "pixel_nm", "regions")) | {"verdict": "normal", "score": 1.0}
     return row | {"image": image, "num_bytes": 3, "mtime_ns": 4, "sha256": "ab" * 32} | more
+
+
+@pytest.mark.parametrize("error", [MemoryError, torch.OutOfMemoryError])
+def test_an_image_that_memory_does_not_hold_is_broken_and_the_others_are_scored(
+    error, place, tmp_path, model, monkeypatch
+):
+    for i in range(3):
+        put(place / f"{i}.tif", i)
+    usual = AnomalyModule.predict_brought
+
+    def full(self, images, batch_size=8):
+        images = list(images)
+        if any((one.array == pixels(1)).all() for one in images):
+            raise error("no room for so many pixels\nof all")
+        return usual(self, images, batch_size)
+
+    monkeypatch.setattr(AnomalyModule, "predict_brought", full)
+    assert once(place, tmp_path / "out", model, "--batch-size", 3) == 0
+    found = {Path(row["image"]).name: row["verdict"] for row in lines(tmp_path / "out")}
+    assert found.pop("1.tif") == "broken (no room for so many pixels)"
+    assert found.keys() == {"0.tif", "2.tif"} and not any("broken" in verdict for verdict in found.values())
+
+
+def test_zoo_predict_leaves_a_watchs_table_alone(place, tmp_path, model, capsys):
+    put(place / "0.tif", 0)
+    assert once(place, tmp_path / "out", model) == 0
+    before = (tmp_path / "out/predictions.csv").read_bytes()
+    assert run("predict", model, place, "--out", tmp_path / "out") == 2
+    assert "holds the results of zoo watch" in capsys.readouterr().err
+    assert (tmp_path / "out/predictions.csv").read_bytes() == before
 
 
 def test_a_line_that_was_cut_anywhere_is_dropped_and_its_image_done_again(tmp_path):

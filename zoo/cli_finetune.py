@@ -70,7 +70,7 @@ def _add_options(parser: Any) -> None:
         "--parent-share",
         type=float | None,
         default=SHARE,
-        help="weight of what padim, patchcore and cfa have gathered before; null: each image counts once",
+        help="weight of what padim, patchcore and cfa have gathered before; null: as all images that they are of",
     )
     parser.add_argument("--max-steps", type=int | None, default=None, help=f"optimiser steps at most; null: {STEPS}")
     parser.add_argument("--max-epochs", type=int | None, default=None, help="passes over the images, instead of steps")
