@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from bench import cost
+from bench import cost, finetune
 from bench.real_images import table
 
 from zoo import paper
@@ -67,6 +67,28 @@ def test_bars_are_those_of_the_record():
     false, clean = map(sum, zip(*report["false_finds"].values(), strict=True))
     assert false == 1 and f"One bar was seen in {clean:,} images" in readme
     assert report["images"]["seed"] == 1  # the limits were set on draws of another seed
+
+
+def test_fine_tuning_is_that_of_the_record():
+    report = json.loads((ROOT / "tests/bench/finetune.json").read_text(encoding="utf-8"))
+    assert {run["method"] for run in report["runs"]} == set(list_methods())
+    assert finetune.table(report["runs"]) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_drift_is_that_of_the_record():
+    report = json.loads((ROOT / "tests/bench/drift.json").read_text(encoding="utf-8"))
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    by_method = {method: found["by_change"] for method, found in report["methods"].items()}
+    wrong = {
+        m: sum(n["drift"] * report["null_draws"] for n in found["nothing"].values()) for m, found in by_method.items()
+    }
+    checks = 4 * report["null_draws"]
+    assert f"{wrong['padim']:.0f} (`padim`) and {wrong['ganomaly']:.0f} (`ganomaly`) of {checks:,} checks" in readme
+    darker = [found["brightness x 0.9"] for found in by_method.values()]
+    assert {found["20"]["drift"] for found in darker} == {0.75} and {found["50"]["drift"] for found in darker} == {1.0}
+    assert "brightness was found in 75 % of the checks, of 50 in all" in readme
+    others = [c for c in by_method["padim"] if c.startswith(("blur", "noise", "style"))]
+    assert len(others) == 3 and all(found[c]["20"]["drift"] == 1 for found in by_method.values() for c in others)
 
 
 def test_the_paragraph_on_the_papers_figures_is_that_of_the_table():

@@ -4,11 +4,11 @@
 
 Each method (preset lite) is fitted on 180 synthetic images in the style "metal". Then, on 20 images of the style "fine"
 and on 20 of DeepPCB (an MVTec-style folder with masks), 5 of which are held out: the model as it was is evaluated, a
-model that is fitted on the 20 from scratch, and one that is fine-tuned as `zoo finetune` does by default; of methods with
-statistics also one in which the parent counts as all images that it is of (--parent-share null). The seed draws the 20
-images, the weights and what is held out. The parent takes 30 % of the preset's steps, at most 200; a fit from scratch
-takes 200, as many as fine-tuning may. Images are seen at 224 pixels, by methods without a backbone at 128 or 64. Runs
-are added to the record.
+model that is fitted on the 20 from scratch, and one that is fine-tuned as `zoo finetune` does by default; of methods
+with statistics also one in which the parent counts as all images that it is of (--parent-share null). The seed draws
+the 20 images, the weights and what is held out. The parent takes 30 % of the preset's steps, at most 200; a fit from
+scratch takes 200, as many as fine-tuning may. Images are seen at 224 pixels, by methods without a backbone at 128 or
+64. Runs are added to the record.
 """
 
 import argparse
