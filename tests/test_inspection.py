@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.spatial.distance import cdist
 
 import zoo
-from zoo import evidence, inspection
+from zoo import cli, evidence, inspection
 from zoo.cli import main
 from zoo.data import load_data
 from zoo.methods import create_model
@@ -356,6 +356,27 @@ def test_a_name_of_no_encoding_and_memory_that_is_full(mvtec, tmp_path, capsys, 
     monkeypatch.setattr(AnomalyModule, "predict_brought", full)
     assert run("predict", "m", tmp_path / "in", "--out", tmp_path / "full") == 2
     assert capsys.readouterr().err == "zoo: The device's memory is full; lower --batch-size.\n"
+
+
+@pytest.mark.parametrize("command", ["predict", "watch"])
+def test_places_that_can_not_be_written_end_with_2_before_a_model_is_loaded(command, mvtec, tmp_path, capsys):
+    (tmp_path / "file").write_text("x")
+    for out in (tmp_path / "file/x", "/proc/x", tmp_path / "file"):
+        where = (
+            (mvtec / "test", "--name", "m") if command == "watch" else ("m", mvtec / "test", "--fail-on", "anomalies")
+        )
+        assert run(command, *where, "--out", out) == 2
+        assert (error := capsys.readouterr().err).startswith("zoo: ") and error.count("\n") == 1
+    if command == "predict":
+        assert run("predict", "m", mvtec / "test", "--out", mvtec / "test") == 2
+        assert "is the folder that is read" in capsys.readouterr().err
+        assert run("predict", "m", tmp_path / "nothing.png", "--out", tmp_path / "a/b/c") == 2
+        assert not (tmp_path / "a").exists()
+
+
+def test_a_mistake_of_ours_is_no_anomaly(monkeypatch, capsys):
+    monkeypatch.setitem(cli.COMMANDS, "list", lambda argv: 1 / 0)
+    assert run("list") == 2 and "ZeroDivisionError" in capsys.readouterr().err
 
 
 def test_other_sizes_have_no_regions_to_fail_on(mvtec, tmp_path, capsys):

@@ -92,6 +92,7 @@ def calibrate(
     if options.tile is not None:
         model.view = replace(model.view, tile=options.tile or None)
     ignore = load_ignore(spec, options.ignore, run.say)
+    run.say(f"Scoring {sum(map(len, unseen.parts)):,} normal images.")
     with ending("calibration"):
         normals, broken = score_unseen(model, unseen, spec, ignore, options, run, min_area)
     found = calibrated(normals.scores, normals.levels, rate, normals.quantile(0.5), min_area, run.precision)

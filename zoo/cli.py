@@ -4,6 +4,7 @@ import difflib
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -79,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of a pipe has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except Exception:  # a mistake of ours: told in full, and no 1, which is what --fail-on answers
+        traceback.print_exc()
+        return 2
 
 
 # ---- commands --------------------------------------------------------------------------------------------------------

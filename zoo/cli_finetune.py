@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 from zoo import checkpoint, hub
+from zoo.calibration import supported_rate
 from zoo.data import FORMS, check_data
 from zoo.errors import ZooError
 from zoo.methods import list_methods
@@ -31,10 +32,13 @@ def finetune(argv: list[str]) -> None:
         plan_finetuning(config["method"], training)
     place = hub.model_place(options.name)
     verb = "Replaced" if place.exists() else "Saved"
+    if place.exists():
+        print(f"There is a model {options.name}, which the new one will replace in the end.", flush=True)
     if options.data:
         check_data(options.data)
 
     from zoo.finetune import finetune as run
+    from zoo.parent import data_of
 
     model, record = run(
         options.parent,
@@ -50,9 +54,16 @@ def finetune(argv: list[str]) -> None:
     )
     parent = record["parent"]
     print(f"{verb} {options.name} in {place}, from {parent['name']} (SHA-256 {parent['weights_sha256'][:12]}...).")
-    if model.calibration is None:
+    held, looked_at = record["train_data"].get("held_out", 0), record["configuration"].get("trainer", {})
+    data, rate = "NORMALS", 0.01
+    if options.data and held and looked_at.get("select") != "normal":
+        data, rate = options.data, max(rate, supported_rate(held))
+    if not options.data:
+        print("It has no threshold, as that was of what it had learned before.")
+        data = data_of(place, "")[0] or data  # of which the same images are held out
+    elif model.calibration is None:
         print("It has no threshold, as no images were held out for one.")
-    print(f"Next: zoo calibrate {options.name} --data NORMALS --false-alarm-rate 0.01")
+    print(f"Next: zoo calibrate {options.name} --data {data} --false-alarm-rate {rate:g}")
 
 
 def _add_options(parser: Any) -> None:

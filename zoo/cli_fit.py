@@ -86,6 +86,8 @@ def fit(argv: list[str]) -> None:
     place = hub.model_place(options.name)
     tested = sum(check_data(options.data).counts["test"])
     verb = "Replaced" if place.exists() else "Saved"
+    if place.exists():
+        print(f"There is a model {options.name}, which the new one will replace in the end.", flush=True)
 
     from zoo.fit import fit as run
 

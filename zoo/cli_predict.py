@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from zoo import checkpoint, hub
 from zoo.calibration import stored
 from zoo.errors import ZooError
-from zoo.inference import Found, closing_lines, find_ignore, find_images, predict_files
+from zoo.inference import Found, check_out, closing_lines, find_ignore, find_images, predict_files
 from zoo.klarf import Labels, check_place, write_klarf
 from zoo.options import add_run_options, add_view_options, check_tile, make_parser, parse, run_of
 from zoo.paths import user_path
@@ -36,6 +36,7 @@ def predict(argv: list[str]) -> int:
     if options.batch_size < 1:
         raise ZooError(f"--batch-size is at least 1, not {options.batch_size}.")
     labels = _check_output_options(options, config)
+    check_out(Path(options.out))
     images = find_images(options.paths, Path(options.out))
     check_tile(options.tile)
     ignore = find_ignore(options.ignore, options.paths, images)

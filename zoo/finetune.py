@@ -70,7 +70,7 @@ def finetune(
     if remove:
         model.to(device).update(remove=list(remove))
         count = len(set(remove))
-        run.say(f"{count} image{'s' * (count != 1)} taken out of {hub.name_of(folder)}.")
+        run.say(f"{count} image{'s' * (count != 1)} taken out of a copy of {hub.name_of(folder)}.")
     config, kept = checkpoint.read_config(folder), model.record or {"method": model.method}
     ours = Parent(folder, config, kept, parent_share, tuple(remove), model.notes.get(seen.FILE))
     keeping = Keeping(name, home, resume, checkpoint_minutes)

@@ -1,5 +1,7 @@
 """Predict over files and folders: overlays, masks, a CSV and a JSON file, written as the images are done."""
 
+import errno
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -31,6 +33,8 @@ def find_images(paths: Sequence[str | Path], out: Path) -> dict[str, Path]:
     """
     found: dict[str, Path] = {}
     for path in map(Path, paths):
+        if path.is_dir() and path.resolve() == out.resolve():
+            raise ZooError(f"--out {out} is the folder that is read; name another one.")
         if path.is_dir():
             files = [
                 f
@@ -78,6 +82,25 @@ def ignore_place(place: str | Path | None, folder: Path) -> str | Path | None:
     if folder.is_dir() and (beside / folder.name).is_dir():  # of data/good it is data/ignore/good
         return beside / folder.name
     return place
+
+
+def check_out(out: Path) -> None:
+    """Raises ZooError for a folder that results can't be written to, or that holds those of a watch."""
+    way = (out.absolute(), *out.absolute().parents)
+    missing = [each for each in way if not each.exists()]
+    place = way[len(missing)]
+    if not place.is_dir():
+        raise ZooError(f"--out {out}: {place} is a file; name a folder.")
+    if (out / "predictions.jsonl").exists():
+        raise ZooError(f"{out} holds the results of zoo watch; name another folder by --out.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise ZooError(f"--out {out} can't be written ({error.strerror}); name another folder.") from error
+    for each in missing:  # nothing is left where nothing is scored
+        each.rmdir()
 
 
 @dataclass
@@ -134,11 +157,9 @@ def predict_files(
     Raises:
         ZooError: a broken image, named; what was done before is written, or if that is nothing, nothing is.
     """
-    if out.exists() and not out.is_dir():
-        raise ZooError(f"--out {out} is a file; name a folder.")
-    if (out / "predictions.jsonl").exists():
-        raise ZooError(f"{out} holds the results of zoo watch; name another folder by --out.")
     from zoo.trainer import ending
+
+    check_out(out)
 
     rank, world = ranks.connect()
     model.to(device_of(run.device))
