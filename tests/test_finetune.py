@@ -24,7 +24,7 @@ from zoo.hub import from_pretrained
 from zoo.image import read_image
 from zoo.methods import list_methods, presets
 from zoo.module import Batch
-from zoo.publish import stage
+from zoo.publish import publish, stage
 from zoo.run import RunOptions
 
 SIZE = 64
@@ -449,3 +449,18 @@ def test_the_command_line(parents, images, tmp_path, capsys, zoo_home):
     assert main(command) == 0
     assert from_pretrained("less").stands_for == from_pretrained("new").stands_for - 1
     assert from_pretrained("less").view == from_pretrained("new").view
+
+
+def test_a_model_of_the_hub_goes_on(hub, parents, images, tmp_path):
+    publish(parents("padim"), "org/lot-padim")
+    model, record = finetune("org/lot-padim", str(images / "second"), "child", home=tmp_path)
+    assert record["parent"]["hub"].startswith("org/lot-padim@") and record["parent"]["checked"] is False
+    assert record["parent"]["weights_sha256"] == file_sha256(parents("padim") / "model.safetensors")
+    staged = stage(
+        model.folder, tmp_path / "open", is_open=lambda repo, kind: (repo, kind) == ("org/lot-padim", "model")
+    )
+    assert "base_model: org/lot-padim" in (staged / "README.md").read_text()
+    staged = stage(model.folder, tmp_path / "closed")
+    assert "lot-padim" not in "".join(
+        path.read_text() for path in staged.glob("*.[jm]*") if path.suffix != ".safetensors"
+    )
