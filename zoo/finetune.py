@@ -46,8 +46,8 @@ def finetune(
             `info_bar` always.
         trainer_options: fields of `TrainerOptions`, of methods that learn by gradient; None where they are as usual.
         parent_share: weight of the parent's statistics (PaDiM's moments, CFA's means) among the child's, in (0, 1), and
-            the highest share of PatchCore's bank that it keeps; None: each image counts once, and PatchCore's bank is a
-            coreset of all.
+            the highest share of PatchCore's bank that it keeps; None: as all images that they are of, and PatchCore's
+            bank is a coreset of all.
         resume, checkpoint_minutes, home: as for `zoo.fit.fit`.
 
     Returns:

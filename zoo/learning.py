@@ -262,8 +262,11 @@ class LearningModule(L.LightningModule):
 
         Args:
             share: its weight among all that will be observed, `num_train_images` more; None: as many images as it was.
+
+        Raises:
+            ZooError: a method that has `observe` and not this.
         """
-        raise NotImplementedError
+        raise ZooError(f"{self.method} can't go on from what it has learned: its class has no `recall`; fit it anew.")
 
     def images_before(self, share: float | None) -> float:
         """Images that statistics of before count as, for `recall`.
