@@ -88,9 +88,9 @@ class TrainerOptions:
     """How long a method that learns by gradient is trained, and which of its steps is kept.
 
     `max_steps` counts optimiser steps, of `accumulate` batches each, and decides where it is set beside `max_epochs`.
-    `select` is "last", "normal" (lowest `AnomalyModule.surprise` of held-out normals) or a metric on the validation half
-    of the test split, which `evaluate` then leaves out. A model that is fine-tuned learns at `lr_scale` times its rates, and stops
-    after `patience` tenths of the steps in a row that were no better than the best before.
+    `select` is "last", "normal" (lowest `AnomalyModule.surprise` of held-out normals) or a metric on the validation
+    half of the test split, which `evaluate` then leaves out. A model that is fine-tuned learns at `lr_scale` times its
+    rates, and stops after `patience` tenths of the steps in a row that were no better than the best before.
     """
 
     max_epochs: int | None = None
