@@ -1,0 +1,1 @@
+"""The demo: a page that inspects SEM images; the wheel ships it as zoo.demo."""
