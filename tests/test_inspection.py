@@ -16,7 +16,7 @@ from PIL import Image
 from scipy.spatial.distance import cdist
 
 import zoo
-from zoo import cli, evidence, inspection
+from zoo import cli, evidence, inspection, markup
 from zoo.cli import main
 from zoo.data import load_data
 from zoo.methods import create_model
@@ -198,13 +198,13 @@ def test_outlines_go_around_regions():
     mask[10:20, 30:50] = True
     mask[10, 30] = mask[0, 0] = False
     region = {"box": [10, 30, 20, 50], "position": [15, 40]}
-    found = inspection._outline(3, region, mask, (40, 60))
+    found = markup.outline(3, region, mask, (40, 60))
     points = np.array([[float(v) for v in point.split()] for point in re.split("[ML]", found["path"][:-1])[1:]])
     assert (points.min(0) == (30, 10)).all() and (points.max(0) == (50, 20)).all() and found["number"] == 3
     x, y = points.T  # the area that the line encloses; at corners it cuts an eighth of a pixel
     area = abs(np.dot(x, np.roll(y, 1)) - np.dot(y, np.roll(x, 1))) / 2
     assert area == pytest.approx(mask.sum(), abs=2)
-    assert inspection._outline(3, region, None, (40, 60))["path"] == "M30 10H50V20H30Z"
+    assert markup.outline(3, region, None, (40, 60))["path"] == "M30 10H50V20H30Z"
 
 
 def test_many_images_have_few_pictures(scored, tmp_path, monkeypatch):

@@ -4,8 +4,6 @@ It is made from the rows that predictions.json holds and the pictures beside the
 doesn't grow with their number.
 """
 
-import base64
-import io
 import os
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -17,20 +15,16 @@ from typing import Any
 
 import jinja2
 import numpy as np
-from PIL import Image
-from scipy import ndimage
-from skimage.measure import approximate_polygon, find_contours
 
 from zoo import checkpoint, evidence, plots
 from zoo.errors import ZooError
 from zoo.image import read_image, read_mask
+from zoo.markup import cropped, outline, picture, region_words
 from zoo.module import AnomalyModule, Brought
 
 SHOWN = 100  # images with pictures; the table has all of them
 REGIONS = 20  # of an image, outlined and listed
 PLACES = 3  # of an image, with evidence
-SIDE = 512  # pixels of a picture, at most
-LOSSLESS = 192  # side up to which a picture is PNG; JPEG beyond
 
 
 def write_report(
@@ -159,15 +153,15 @@ def _section(
     about = _line(row) | {"number": number, "height": height, "width": width, "image": None, "evidence": []}
     about["pixel"] = None if nm is None else f"{nm:.4g} nm"
     about["has_regions"], about["more"] = row["regions"] is not None, max(len(regions) - REGIONS, 0)
-    about["regions"] = [_region(i, region, nm) for i, region in regions[:REGIONS]]
+    about["regions"] = [region_words(i, region, nm) for i, region in regions[:REGIONS]]
     brought = _brought(row["image"], model)
     if brought is not None:
-        about["image"] = _picture(plots.grey8(model.view.shown(brought.array)))
+        about["image"] = picture(plots.grey8(model.view.shown(brought.array)))
         if training is not None:
             about["evidence"] = _evidence(row, brought, model, training)
-    about["overlay"] = _read(read_image, folder / row["heatmap"], _picture)
+    about["overlay"] = _read(read_image, folder / row["heatmap"], picture)
     mask = _read(read_mask, folder / row["mask"]) if row["mask"] and regions else None
-    about["outlines"] = [_outline(i, region, mask, (height, width)) for i, region in regions[:REGIONS]]
+    about["outlines"] = [outline(i, region, mask, (height, width)) for i, region in regions[:REGIONS]]
     return about
 
 
@@ -186,22 +180,6 @@ def _read(read: Any, path: Path, then: Any = lambda array: array) -> Any:
         return None
 
 
-def _region(number: int, region: dict[str, Any], nm: float | None) -> dict[str, Any]:
-    (top, left, bottom, right), (row, column) = region["box"], region["position"]
-    about = {"number": number, "x": column, "y": row, "width": right - left, "height": bottom - top}
-    about |= {"area": region["area"], "peak": f"{region['peak']:.6g}", "p_value": f"{region['p_value']:.4g}"}
-    if nm is not None:
-        unit, scale, square = ("µm", 1e3, "µm²") if max(right - left, bottom - top) * nm >= 1000 else ("nm", 1, "nm²")
-        about["size"] = f"{_plain((right - left) * nm / scale)} × {_plain((bottom - top) * nm / scale)} {unit}"
-        about["real_area"] = f"{_plain(region['area'] * (nm / scale) ** 2)} {square}"
-    return about
-
-
-def _plain(value: float) -> str:
-    """Four digits that count, without an exponent."""
-    return f"{float(f'{value:.4g}'):,.10g}"
-
-
 def _evidence(
     row: dict[str, Any], image: Brought, model: AnomalyModule, training: evidence.TrainingImages
 ) -> list[dict[str, Any]]:
@@ -211,52 +189,9 @@ def _evidence(
     shown = []
     for number, pair in enumerate(found or [], start=1):
         about = {"number": number if places else None, "name": pair.name, "distance": f"{pair.distance:.4g}"}
-        about |= {"found": _cropped(pair.found), "normal": pair.normal and _cropped(pair.normal)}
+        about |= {"found": cropped(pair.found), "normal": pair.normal and cropped(pair.normal)}
         shown.append(about)
     return shown
-
-
-# ---- pictures --------------------------------------------------------------------------------------------------------
-
-
-def _cropped(crop: evidence.Crop) -> dict[str, Any]:
-    (height, width), (top, left, bottom, right) = crop.pixels.shape[:2], crop.box
-    box = {"x": f"{left:.2f}", "y": f"{top:.2f}", "width": f"{right - left:.2f}", "height": f"{bottom - top:.2f}"}
-    return {"picture": _picture(crop.pixels, LOSSLESS), "width": width, "height": height, "box": box}
-
-
-def _picture(pixels: np.ndarray, side: int = SIDE) -> str:
-    """uint8 (H, W, 3) -> a data URI, of at most so many pixels a side."""
-    image = Image.fromarray(pixels)
-    image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    shown = np.asarray(image)
-    if (shown == shown[..., :1]).all():
-        image = image.convert("L")
-    kind, how = ("png", {}) if max(image.size) <= LOSSLESS else ("jpeg", {"quality": 88})
-    file = io.BytesIO()
-    image.save(file, kind, optimize=True, **how)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def _outline(number: int, region: dict[str, Any], mask: np.ndarray | None, size: tuple[int, int]) -> dict[str, Any]:
-    """The line around a region as an SVG path, and where its number stands, in pixels of the image."""
-    (top, left, bottom, right), (height, width) = region["box"], size
-    path = f"M{left} {top}H{right}V{bottom}H{left}Z"
-    if mask is not None and mask.shape == (height, width):
-        labels, _ = ndimage.label(mask[top:bottom, left:right], np.ones((3, 3)))
-        own = np.pad(labels == labels[region["position"][0] - top, region["position"][1] - left], 1)
-        lines = [approximate_polygon(line, max(size) / 800) for line in find_contours(own.astype(float), 0.5)]
-        shift = (top - 0.5, left - 0.5)  # of the padding, and of a pixel's middle
-        path = "".join(_closed(line + shift) for line in lines) or path
-    text = max(size) / 26
-    y = top - 0.3 * text if top > 1.3 * text else min(bottom + text, height - 0.2 * text)
-    places = {"x": f"{min(left, width - text):.1f}", "y": f"{y:.1f}", "text": f"{text:.1f}"}
-    return {"number": number, "path": path} | places
-
-
-def _closed(line: np.ndarray) -> str:
-    """(n, 2) rows and columns, the last one the first again -> a part of an SVG path."""
-    return "M" + "L".join(f"{column:.1f} {row:.1f}" for row, column in line[:-1]) + "Z"
 
 
 # ---- the page --------------------------------------------------------------------------------------------------------

@@ -349,18 +349,7 @@ class AnomalyModule(LearningModule):
     def _verdict(self, score: float, map: np.ndarray, roi: np.ndarray | None = None) -> Prediction:
         if not math.isfinite(score):
             raise ZooError(f"An image has the score {score}, which is no number to judge by; take --precision 32-true.")
-        known = self.thresholds(map.shape)
-        if known is None:
-            return Prediction(score, map)
-        anomalous = score >= known.image_threshold
-        words = "anomalous" if anomalous else "normal"
-        if not known.calibrated:
-            return Prediction(score, map, verdict=f"{words} (uncalibrated)")
-        counted = map if roi is None else np.where(roi, map, -np.inf)  # (H, W)
-        regions = find_regions(counted, known.pixel_threshold, known.min_area)
-        regions = [region._replace(p_value=known.region_p_value(region.level)) for region in regions]
-        verdict = f"{words} ({known.in_words(score)})"
-        return Prediction(score, map, known.p_value(score), anomalous, verdict, regions)
+        return judge(score, map, self.thresholds(map.shape), roi)
 
     # ---- learning further --------------------------------------------------------------------------------------------
 
@@ -510,6 +499,26 @@ class AnomalyModule(LearningModule):
             if buffer is not None and stored is not None and stored.shape != buffer.shape:
                 self._buffers[name] = buffer.new_empty(stored.shape)
         super()._load_from_state_dict(state, prefix, *args)
+
+
+def judge(score: float, map: np.ndarray, known: Calibration | None, roi: np.ndarray | None = None) -> Prediction:
+    """What a score and a map say by these thresholds.
+
+    Args:
+        map: float32 (H, W).
+        known: as far as it holds for this image (`AnomalyModule.thresholds`), or at another rate (`at_rate`).
+        roi: (H, W) bool, region of interest, outside of which there are no regions.
+    """
+    if known is None:
+        return Prediction(score, map)
+    anomalous = score >= known.image_threshold
+    words = "anomalous" if anomalous else "normal"
+    if not known.calibrated:
+        return Prediction(score, map, verdict=f"{words} (uncalibrated)")
+    counted = map if roi is None else np.where(roi, map, -np.inf)  # (H, W)
+    regions = find_regions(counted, known.pixel_threshold, known.min_area)
+    regions = [region._replace(p_value=known.region_p_value(region.level)) for region in regions]
+    return Prediction(score, map, known.p_value(score), anomalous, f"{words} ({known.in_words(score)})", regions)
 
 
 def _is_many(images: Any) -> bool:
