@@ -8,7 +8,6 @@ from importlib.resources import files
 
 import gradio as gr
 
-from zoo import hub
 from zoo.demo import page
 from zoo.demo.engine import Engine
 from zoo.demo.examples import write_examples
