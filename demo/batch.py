@@ -33,7 +33,6 @@ MOST = 200  # files of a batch
 CHUNK = 4  # images scored before others get their turn
 PIXELS = 2**23  # of them together: a larger image goes alone
 SIDE = 360  # pixels of a thumbnail, at most
-HEADERS = ("image", "verdict", "p-value", "score", "regions", "size")  # of the table
 TOO_MUCH = "it takes more than this server can give; try a smaller image"
 SCORED, LISTED, REPORTED = 0.85, 0.87, 0.97  # share of the work that is done then
 
@@ -56,11 +55,6 @@ class Result:
     thumbnails: list[tuple[Path, str]]
     files: dict[str, Path]
     lines: list[str]
-
-    @property
-    def table(self) -> list[list[str]]:
-        """The rows in words and figures, plain text, under `HEADERS`."""
-        return [_cells(row) for row in self.rows]
 
 
 def inspect_batch(
@@ -282,18 +276,13 @@ def _plain(name: str) -> str:
     return re.sub(r"[^\w ().-]+", "_", stem)[:50].strip(" .") or "image"
 
 
-def _cells(row: dict[str, Any]) -> list[str]:
-    verdict = row["verdict"] if row["p_value"] is None else row["verdict"].partition(" (")[0]
-    p_value = "" if row["p_value"] is None else f"{row['p_value']:.4g}"
-    regions = "" if row["num_regions"] is None else str(row["num_regions"])
-    return [row["image"], verdict, p_value, f"{row['score']:.6g}", regions, "{1} × {0}".format(*row["size"])]
-
-
 def _caption(row: dict[str, Any]) -> str:
-    name, verdict, *_ = _cells(row)
-    p_value = "" if row["p_value"] is None else f", p = {row['p_value']:.2g}"
-    regions = f", {row['num_regions']} region{'s' * (row['num_regions'] != 1)}" if row["num_regions"] else ""
-    return f"{name}: {verdict}{p_value}{regions}"
+    words = [row["verdict"]]
+    if row["p_value"] is not None:
+        words = [row["verdict"].partition(" (")[0], f"p = {row['p_value']:.2g}"]
+    if row["num_regions"]:
+        words.append(f"{row['num_regions']} region{'s' * (row['num_regions'] != 1)}")
+    return f"{row['image']}: {', '.join(words)}"
 
 
 def _images(number: int) -> str:

@@ -186,13 +186,15 @@ def test_all_lists_say_the_same(result):
         assert line["image"].removeprefix("'") == row["image"]
         assert float(line["score"]) == row["score"] and line["verdict"] == row["verdict"]
         assert line["p_value"] == ("" if row["p_value"] is None else str(row["p_value"]))
-    assert [cells[0] for cells in result.table] == names_of(result)
-    assert all(len(cells) == len(batch.HEADERS) for cells in result.table)
     page = Page(result.files["html"].read_text("utf-8"))
     listed = page.rows[-len(result.rows) :]
-    for line, cells in zip(listed, result.table, strict=True):
-        name, verdict, p_value, score, regions, _ = cells
-        assert [line[1], line[2], line[3], line[4]] == [name, score, p_value, regions] and line[5] == verdict
+    for (_, name, score, p_value, regions, verdict), row in zip(listed, result.rows, strict=True):
+        assert name == row["image"] and float(score) == pytest.approx(row["score"], rel=1e-5)
+        assert row["verdict"].startswith(verdict) and verdict
+        if row["p_value"] is None:
+            assert p_value == regions == ""
+        else:
+            assert float(p_value) == pytest.approx(row["p_value"], rel=1e-3) and int(regions) == row["num_regions"]
 
 
 def test_the_report_shows_the_images_and_escapes_names(result, files):
@@ -216,7 +218,7 @@ def test_no_path_of_the_server_is_told(result, files, tmp_path):
     texts = [path.read_bytes() for path in result.files["zip"].parent.rglob("*") if path.is_file()]
     with zipfile.ZipFile(result.files["zip"]) as archive:
         texts += [archive.read(name) for name in archive.namelist()] + [name.encode() for name in archive.namelist()]
-    texts += [repr((result.rows, result.broken, result.lines, result.table)).encode()]
+    texts += [repr((result.rows, result.broken, result.lines)).encode()]
     texts += [caption.encode() for _, caption in result.thumbnails]
     assert len(texts) > 40 and not [secret for secret in secrets for text in texts if secret in text]
     assert b"000 (2).png" in result.files["csv"].read_bytes()
