@@ -80,7 +80,7 @@ def files(mvtec, tmp_path_factory):
     upload("cut.png", lambda path: path.write_bytes((mvtec / "test/good/002.png").read_bytes()[:900]))
     upload("000.PNG", lambda path: shutil.copy(mvtec / "test/good/003.png", path))
     upload("other size.jpg", lambda path: Image.fromarray(pixels("good/004.png")[:80]).save(path, quality=95))
-    upload("000.bmp", lambda path: Image.fromarray(pixels("good/005.png")).save(path))
+    upload("Deep Über.bmp", lambda path: Image.fromarray(pixels("good/005.png")).save(path))
     return found
 
 
@@ -142,7 +142,7 @@ def test_every_readable_file_has_a_row_with_the_model_s_own_figures(result, file
         FORMULA: files[4],
         "000.PNG": files[7],
         "other size.jpg": files[8],
-        "000.bmp": files[9],
+        "Deep Über.bmp": files[9],
     }
     assert sorted(names_of(result)) == sorted(own)
     for row in result.rows:
