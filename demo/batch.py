@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from zoo.module import Brought
 
 MOST = 200  # files of a batch
+TOTAL = 2**29  # pixels of a batch: its heatmaps take a byte or two of the disk for each, and so does the archive
 CHUNK = 4  # images scored before others get their turn
 PIXELS = 2**23  # of them together: a larger image goes alone
 SIDE = 360  # pixels of a thumbnail, at most
@@ -108,9 +109,13 @@ class _Batch:
 
     def score_all(self) -> Iterator[tuple[float, str]]:
         waiting: dict[str, Brought] = {}
+        total = 0  # pixels
         for number, (file, path) in enumerate(self.files.items(), start=1):
             try:
-                check(path)
+                height, width = check(path)
+                if total + height * width > TOTAL:
+                    raise ZooError(f"a batch takes {TOTAL / 1e6:,.0f} megapixels; inspect it in another one")
+                total += height * width
                 waiting[file] = self.model.bring(path)
             except ZooError as error:
                 self._leave_out(file, str(error))

@@ -23,6 +23,7 @@ from zoo.demo import batch
 from zoo.demo.batch import Result, harmless, inspect_batch
 from zoo.demo.engine import Engine
 from zoo.errors import ZooError
+from zoo.image import image_size
 from zoo.inference import COLUMNS
 from zoo.module import AnomalyModule
 
@@ -294,6 +295,7 @@ def test_what_is_refused_is_not_decoded(engine, files, tmp_path, monkeypatch):
     def refuse(path):
         if path == files[2]:
             raise ZooError(f"{path} is too large.")
+        return image_size(path)
 
     read = []
     bring = AnomalyModule.bring
@@ -302,6 +304,16 @@ def test_what_is_refused_is_not_decoded(engine, files, tmp_path, monkeypatch):
     result, _ = run(engine, "m", files[1:4], tmp_path / "out")
     assert result.broken == [(EVIL, f"{EVIL} is too large")] and len(result.rows) == 2 and files[2] not in read
     assert f"Left out: {EVIL} is too large." in result.lines
+
+
+def test_pixels_of_a_batch_have_a_limit(engine, files, tmp_path, monkeypatch):
+    """What still fits is taken."""
+    Image.new("L", (200, 150)).save(tmp_path / "large.png")
+    monkeypatch.setattr(batch, "TOTAL", 2 * 96 * 96)
+    result, _ = run(engine, "m", [files[0], tmp_path / "large.png", *files[1:3]], tmp_path / "out")
+    assert sorted(names_of(result)) == ["000 (2).png", "000.png"]
+    assert [name for name, _ in result.broken] == ["large.png", EVIL]
+    assert result.lines[-1].startswith(f"Left out: {EVIL}: a batch takes ")
 
 
 def test_an_image_that_memory_does_not_hold_stops_no_other(engine, files, tmp_path, monkeypatch):
