@@ -1,0 +1,54 @@
+"""The endpoints for programs, by name; `GET /gradio_api/info` describes them."""
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import numpy as np
+
+from zoo import plots
+from zoo.demo.server import Server
+from zoo.demo.viewer import figures, mask_of
+
+
+def build(server: Server) -> None:
+    """`/predict` and `/models`."""
+
+    def models() -> list[dict[str, Any]]:
+        """The models that can be asked, each with a line about it; the first one answers where none is named."""
+        choices = server.choices()
+        names = [name for _, name in choices]
+        first = server.preferred(names)
+        return sorted(({"name": name, "about": label} for label, name in choices), key=lambda one: one["name"] != first)
+
+    def predict(
+        image: str | None, model: str | None, false_alarm_rate: float | None, request: gr.Request
+    ) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
+        """Score one image: its figures, the heatmap over it and the mask of its regions."""
+        try:
+            if image is None:
+                raise gr.Error("Give an image: a file, by handle_file.", print_exception=False)
+            look = server.look(image, model, with_evidence=False)
+            told = figures(look, false_alarm_rate)
+            mask = mask_of(look, false_alarm_rate)
+            shown = plots.overlay(
+                look.model.view.shown(look.brought.array), look.prediction.map, look.model.calibration
+            )
+            return told, shown, None if mask is None else mask.astype(np.uint8) * 255
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise gr.Error(server.told(error), print_exception=False) from error
+        finally:
+            if image is not None:
+                server.uploads.forget([Path(image)])
+
+    with gr.Row(visible=False):
+        asked = [gr.File(label="image"), gr.Textbox(label="model", value=""), gr.Number(label="false_alarm_rate")]
+        answer = [
+            gr.JSON(label="result"),
+            gr.Image(label="heatmap", format="png"),
+            gr.Image(label="mask", format="png"),
+        ]
+        gr.Button("predict").click(predict, asked, answer, api_name="predict", concurrency_id="looks")
+    gr.api(models, api_name="models", queue=False)

@@ -1,0 +1,33 @@
+"""Start the demo: `zoo demo`, `python demo/app.py`, or as a Space on the Hugging Face hub, with the same options."""
+
+import os
+import sys
+
+try:  # on a ZeroGPU Space this has to come before torch
+    import spaces  # noqa: F401
+except ImportError:
+    pass
+
+from zoo.demo.settings import Settings
+
+
+def serve(settings: Settings) -> None:
+    """Run the demo until it is stopped.
+
+    Raises:
+        ZooError: a model that is named can't be had, or the address can't be taken.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
+    from zoo.demo.uploads import Uploads
+
+    with Uploads() as uploads:
+        os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
+        from zoo.demo.run import run
+
+        run(settings, uploads)
+
+
+if __name__ == "__main__":
+    from zoo.cli import main
+
+    sys.exit(main(["demo", *sys.argv[1:]]))

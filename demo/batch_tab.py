@@ -1,0 +1,82 @@
+"""Many images at once: the most suspicious first, with a table and files to keep."""
+
+import html
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import gradio as gr
+
+from zoo.demo.batch import MOST, inspect_batch
+from zoo.demo.inspect_tab import KINDS
+from zoo.demo.server import Server
+from zoo.errors import ZooError
+
+EMPTY = f"""<div class="empty"><p><strong>Choose up to {MOST} images.</strong></p>
+<p>They are listed with the most suspicious first; the report can be kept and passed on.</p></div>"""
+COLUMNS = ("image", "verdict", "p-value", "score", "regions")
+
+
+def build(server: Server) -> list[gr.Dropdown]:
+    """The tab; its chooser of a model."""
+    with gr.Tab("Batch", id="batch"):
+        with gr.Row(equal_height=False):
+            with gr.Column(scale=1, min_width=280):
+                model = gr.Dropdown(label="Model", elem_id="batch-model", interactive=True)
+                files = gr.File(label="Images", file_count="multiple", file_types=KINDS, elem_id="batch-images")
+                with gr.Row():
+                    start = gr.Button("Inspect all", variant="primary", elem_id="batch-button")
+                    stop = gr.Button("Cancel", elem_id="batch-cancel")
+                kept = gr.File(label="Report (HTML), table (CSV), all (ZIP)", visible=False, elem_id="batch-files")
+            with gr.Column(scale=3, min_width=320):
+                told = gr.HTML(EMPTY, elem_id="batch-told")
+                gallery = gr.Gallery(
+                    visible=False, columns=4, show_label=False, elem_id="batch-gallery", format="png", height="auto"
+                )
+                table = gr.Dataframe(
+                    headers=list(COLUMNS), visible=False, interactive=False, wrap=True, elem_id="batch-table"
+                )
+    outputs = [told, gallery, table, kept]
+
+    def inspect_all(paths: list[str] | None, name: str | None, request: gr.Request) -> Iterator[list]:
+        hidden = [gr.Gallery(visible=False), gr.Dataframe(visible=False), gr.File(visible=False)]
+        try:
+            if not paths:
+                raise ZooError("Choose images first.")
+            server.took(request, *paths)
+            with tempfile.TemporaryDirectory(dir=server.uploads.folder) as out:
+                for found in inspect_batch(server.engine, server.chosen(name), list(map(Path, paths)), Path(out)):
+                    if isinstance(found, tuple):
+                        yield [_progress(*found), *hidden]
+                        continue
+                    lines = "".join(f"<p>{html.escape(line)}</p>" for line in found.lines)
+                    yield [
+                        f'<div class="done" role="status">{lines}</div>',
+                        gr.Gallery(found.thumbnails, visible=True),
+                        gr.Dataframe([_cells(row) for row in found.rows], visible=True),
+                        gr.File([str(found.files[kind]) for kind in ("html", "csv", "zip")], visible=True),
+                    ]
+        except Exception as error:  # told in the page, and the server lives on
+            yield [server.alert(error), *hidden]
+
+    running = start.click(
+        inspect_all,
+        [files, model],
+        outputs,
+        show_progress="hidden",
+        api_visibility="private",
+        concurrency_limit=2,
+        concurrency_id="batches",
+    )
+    stop.click(lambda: EMPTY, None, told, cancels=[running], api_visibility="private", queue=False)
+    return [model]
+
+
+def _progress(share: float, words: str) -> str:
+    bar = f'<progress max="1" value="{share:.3f}" aria-label="Progress of the batch"></progress>'
+    return f'<div class="waiting" role="status">{bar}<p>{html.escape(words)}</p></div>'
+
+
+def _cells(row: dict) -> list:
+    p_value = None if row["p_value"] is None else float(f"{row['p_value']:.3g}")
+    return [row["image"], row["verdict"], p_value, float(f"{row['score']:.6g}"), row["num_regions"]]

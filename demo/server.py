@@ -1,0 +1,129 @@
+"""What all tabs of the page share: the models, the visitors' files, and how an image is looked at."""
+
+import html
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from zoo import checkpoint, hub
+from zoo.demo.engine import Engine
+from zoo.demo.examples import Example
+from zoo.demo.first import FirstModel
+from zoo.demo.settings import Settings
+from zoo.demo.tuning import Tuning
+from zoo.demo.uploads import Uploads, check, sentence
+from zoo.demo.viewer import Look, places
+from zoo.demo.words import label
+from zoo.errors import ZooError
+
+
+@dataclass
+class Server:
+    """A running demo.
+
+    Attributes:
+        first: the first model on its way, or None.
+    """
+
+    settings: Settings
+    engine: Engine
+    uploads: Uploads
+    examples: list[Example]
+    first: FirstModel | None = None
+    _files: dict[str, set[Path]] = field(default_factory=dict)  # of each visitor
+    _jobs: dict[str, Tuning] = field(default_factory=dict)  # that each visitor waits for
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def look(self, path: str | Path, name: str | None, with_evidence: bool = True) -> Look:
+        """Let a model look at a visitor's file.
+
+        Raises:
+            ZooError: there is no such model, or the file can't be taken.
+        """
+        name, path, start = self.chosen(name), Path(path), time.perf_counter()
+        model = self.engine.model(name)
+        check(path)
+        brought = model.bring(path)
+        (prediction,) = self.engine.predict(name, [brought])
+        look = Look(path.name, name, model, brought, prediction)
+        if with_evidence:
+            look.pairs = self.engine.evidence(name, brought, places(look))
+        look.seconds = time.perf_counter() - start
+        return look
+
+    def chosen(self, name: str | None) -> str:
+        """The model of this name, or the first one.
+
+        Raises:
+            ZooError: there is none yet.
+        """
+        names = self.engine.names()
+        if not name and not names:
+            if self.first and not self.first.error:
+                raise ZooError(f"The first model is not ready yet: {self.first.progress()[1]}; try again then.")
+            raise ZooError("There is no model here yet; fit one with zoo fit, and load the page again.")
+        return name or self.preferred(names)
+
+    def preferred(self, names: list[str]) -> str | None:
+        """The model that a page begins with: the first one that is calibrated, as its verdicts state a rate."""
+        return next((name for name in names if is_calibrated(name)), names[0] if names else None)
+
+    def choices(self) -> list[tuple[str, str]]:
+        """Label and name of each model."""
+        return [(label(name, config_of(name)), name) for name in self.engine.names()]
+
+    def told(self, error: BaseException) -> str:
+        """What a visitor is told of an error."""
+        return sentence(error, self.uploads.folder, hub.registry())
+
+    def alert(self, error: BaseException) -> str:
+        """The same as a part of the page."""
+        return f'<div class="alert" role="alert"><p>{html.escape(self.told(error))}</p></div>'
+
+    # ---- visitors' files ---------------------------------------------------------------------------------------------
+
+    def took(self, request: gr.Request | None, *paths: str | Path) -> None:
+        """Note whose files these are."""
+        with self._lock:
+            self._files.setdefault(getattr(request, "session_hash", "") or "", set()).update(map(Path, paths))
+
+    @contextmanager
+    def job(self, request: gr.Request, job: Tuning) -> Iterator[Tuning]:
+        """A fine-tuning that a visitor waits for, and may cancel."""
+        self._jobs[request.session_hash] = job
+        try:
+            yield job
+        finally:
+            del self._jobs[request.session_hash]
+
+    def cancel(self, request: gr.Request) -> None:
+        """End the fine-tuning that a visitor waits for, if there is one."""
+        if job := self._jobs.get(request.session_hash):
+            job.cancel()
+
+    def left(self, request: gr.Request) -> None:
+        """A visitor has closed the page: what runs for it ends, and its files go."""
+        self.cancel(request)
+        with self._lock:
+            paths = self._files.pop(request.session_hash or "", set())
+        self.uploads.forget(paths)
+
+
+def config_of(name: str) -> dict[str, Any] | None:
+    """What a model's `config.json` says, as far as it is on this machine."""
+    try:
+        return checkpoint.read_config(hub.find_model(name, local_files_only=True))
+    except ZooError:
+        return None
+
+
+def is_calibrated(name: str) -> bool:
+    """Whether a model states a false-alarm rate."""
+    known = (config_of(name) or {}).get("calibration")
+    return bool(known and known["calibrated"])

@@ -1,0 +1,77 @@
+"""What a result means, in words that need no statistics."""
+
+from typing import Any
+
+from zoo.calibration import Calibration
+from zoo.module import AnomalyModule, Prediction
+
+
+def rarity(known: Calibration, score: float) -> str:
+    """How many normal images score as high."""
+    n = len(known.scores)
+    above = round(known.p_value(score) * (n + 1)) - 1
+    if not above:
+        return f"Fewer than 1 in {n + 1:,} normal images scores this high."
+    if 2 * above > n:
+        return f"Most normal images score this high ({above:,} of {n:,})."
+    return f"About 1 in {n / above:,.0f} normal images scores this high ({above:,} of {n:,})."
+
+
+def headline(prediction: Prediction) -> str:
+    """The verdict in a word or two."""
+    if prediction.verdict.startswith("anomalous"):
+        return "Anomalous"
+    if prediction.regions:
+        return "Normal as a whole"
+    return "Normal" if prediction.verdict.startswith("normal") else "No verdict"
+
+
+def meaning(prediction: Prediction, known: Calibration | None) -> str:
+    """What follows from it, at a stated rate."""
+    if known is None or not known.calibrated:
+        return ""
+    rate, many = f"{100 * known.false_alarm_rate:.4g} %", len(prediction.regions or ())
+    places = f"{'one place stands' if many == 1 else f'{many} places stand'} out, which normal images rarely show"
+    if prediction.is_anomalous and many:
+        return f"It is called anomalous at a false-alarm rate of {rate}; {places}."
+    if prediction.is_anomalous:
+        return f"It is called anomalous at a false-alarm rate of {rate}, though no single place stands out."
+    if many:
+        return f"Its score is usual at a false-alarm rate of {rate}, but {places}."
+    return f"Nothing in it is unusual at a false-alarm rate of {rate}."
+
+
+def regions(count: int) -> str:
+    """The title of a list of regions."""
+    return {0: "No region stands out", 1: "1 region stands out"}.get(count, f"{count:,} regions stand out")
+
+
+def no_rate(model: AnomalyModule, size: tuple[int, int], name: str) -> str:
+    """Why no false-alarm rate is stated of an image (height, width) as the model sees it, and what helps."""
+    known, remedy = model.calibration, f"zoo calibrate {name} --data NORMALS --false-alarm-rate 0.01"
+    if known is None:
+        return f"The model has no threshold, so it gives a score and no verdict. To set one: {remedy}"
+    if not known.calibrated:
+        return (
+            f"The verdict is provisional: its threshold comes from {len(known.scores):,} held-out normal images and "
+            f"states no false-alarm rate. To state one: {remedy}"
+        )
+    if known.precision == model.precision:
+        sizes = ", ".join(f"{width} × {height}" for height, width in known.sizes)
+        return (
+            f"The verdict is provisional: the model was calibrated on images of {sizes} pixels, and this one has "
+            f"{size[1]} × {size[0]}."
+        )
+    return f"The verdict is provisional: the model was calibrated in {known.precision}, not in {model.precision}."
+
+
+def label(name: str, config: dict[str, Any] | None) -> str:
+    """A model in a line, for lists of them.
+
+    Args:
+        config: its configuration, where it is at hand.
+    """
+    if config is None:
+        return name
+    known = config["calibration"]
+    return name if known and known["calibrated"] else f"{name} (not calibrated)"
