@@ -9,8 +9,8 @@ class Settings:
 
     Attributes:
         names: models of the local registry by name, folders of models by absolute path.
-        hub: repositories on the hub, `ORG/NAME` or `ORG/NAME@REVISION`, that are not fetched yet. No names and no
-            repositories: there is no model yet.
+        hub: repositories on the hub, `ORG/NAME` or `ORG/NAME@REVISION`, that are not fetched yet. Neither names nor
+            repositories: all models of the local registry, as it is at the time.
         host: address that is listened on.
         port: of it; it was free a moment ago.
         user, password: who may see the page; None: whoever reaches it.

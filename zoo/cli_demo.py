@@ -104,18 +104,16 @@ def _add_options(parser: Any) -> None:
 
 
 def _models(options: Any) -> tuple[list[str], list[str]]:
-    """Names here and repositories on the hub: those that are asked for, else all of the local registry."""
+    """Names here and repositories on the hub; none of either stands for all of the local registry."""
     wanted = options.hub
     if not (options.name or wanted):
         wanted = os.environ.get("ZOO_DEMO_HUB", "").replace(",", " ").split()
     names, repositories = [], []
     for name in options.name:
         place = _named(name)
-        (repositories if hub.REPO.fullmatch(place) else names).append(place)
+        (names if "/" not in place or os.path.isabs(place) else repositories).append(place)
     for name in wanted:
         repositories += _on_hub(name)
-    if not (options.name or wanted):
-        names = [str(model) for model in hub.list_models()]  # one that can't be read is told of in the page
     return list(dict.fromkeys(names)), list(dict.fromkeys(repositories))
 
 
