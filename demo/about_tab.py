@@ -4,7 +4,7 @@ import re
 
 import gradio as gr
 
-from zoo import checkpoint, hub
+from zoo import cards, checkpoint, hub
 from zoo.demo.server import Server
 from zoo.errors import ZooError
 
@@ -44,4 +44,4 @@ def card_of(name: str) -> str:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ZooError(f"{name} has no card.") from error
-    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)
+    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).replace(cards.LOCAL, name)

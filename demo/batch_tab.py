@@ -34,7 +34,13 @@ def build(server: Server) -> list[gr.Dropdown]:
                     visible=False, columns=4, show_label=False, elem_id="batch-gallery", format="png", height="auto"
                 )
                 table = gr.Dataframe(
-                    headers=list(COLUMNS), visible=False, interactive=False, wrap=True, elem_id="batch-table"
+                    headers=list(COLUMNS),
+                    datatype=["str", "str", "number", "number", "number"],
+                    column_widths=["28%", "36%", "12%", "12%", "12%"],
+                    visible=False,
+                    interactive=False,
+                    wrap=True,
+                    elem_id="batch-table",
                 )
     outputs = [told, gallery, table, kept]
 

@@ -13,7 +13,7 @@ from zoo.errors import ZooError
 INTRODUCTION = f"""<div class="lead"><p>Give {LEAST} to {MOST} images that show nothing unusual, of one tool, layer and
 magnification. A copy of the chosen model learns them; the model itself is left as it is.</p>
 <p class="note">{EXPLAINED}</p></div>"""
-EMPTY = '<div class="empty"><p><strong>The new model will be told of here.</strong></p></div>'
+EMPTY = '<div class="empty"><p><strong>Progress, and what the new model promises, appear here.</strong></p></div>'
 OFF = """<div class="empty"><p><strong>Fine-tuning is off on this page.</strong></p><p>It is open to others without a
 password, who would see each other's models. Start your own with <code>zoo demo</code>.</p></div>"""
 

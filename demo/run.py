@@ -10,7 +10,7 @@ import gradio as gr
 from zoo.demo import page
 from zoo.demo.engine import Engine
 from zoo.demo.examples import write_examples
-from zoo.demo.first import FirstModel
+from zoo.demo.first import FirstModels
 from zoo.demo.server import Server, is_calibrated
 from zoo.demo.settings import Settings
 from zoo.demo.uploads import MAX_BYTES, Uploads
@@ -27,7 +27,7 @@ def run(settings: Settings, uploads: Uploads) -> None:
 
 
 def make_server(settings: Settings, uploads: Uploads) -> Server:
-    """The models that are asked for, or all of the local registry; a first one is made where none states a rate."""
+    """The models that are asked for, or all of the local registry; first ones are made where none states a rate."""
     named = [*settings.names, *settings.hub]
     engine = Engine(named or None, settings.device)
     server = Server(settings, engine, uploads, write_examples(uploads.work / "examples"))
@@ -35,8 +35,8 @@ def make_server(settings: Settings, uploads: Uploads) -> Server:
         for name in named:
             engine.model(name)  # what can't be had is told before the page is there
     elif not any(map(is_calibrated, engine.names())):
-        server.first = FirstModel(engine.add, settings.device, lambda line: print(line, flush=True))
-        print("No model here states a false-alarm rate yet, so a first one is made while the page is already there.")
+        server.first = FirstModels(engine.add, settings.device, lambda line: print(line, flush=True))
+        print("No model here states a false-alarm rate yet, so first ones are made while the page is already there.")
         server.first.start()
     return server
 

@@ -14,7 +14,7 @@ import gradio as gr
 from zoo import checkpoint, hub
 from zoo.demo.engine import Engine
 from zoo.demo.examples import Example
-from zoo.demo.first import FirstModel
+from zoo.demo.first import FirstModels
 from zoo.demo.settings import Settings
 from zoo.demo.tuning import Tuning
 from zoo.demo.uploads import Uploads, check, sentence
@@ -28,14 +28,14 @@ class Server:
     """A running demo.
 
     Attributes:
-        first: the first model on its way, or None.
+        first: the first models on their way, or None.
     """
 
     settings: Settings
     engine: Engine
     uploads: Uploads
     examples: list[Example]
-    first: FirstModel | None = None
+    first: FirstModels | None = None
     _files: dict[str, set[Path]] = field(default_factory=dict)  # of each visitor
     _jobs: dict[str, Tuning] = field(default_factory=dict)  # that each visitor waits for
     _lock: threading.Lock = field(default_factory=threading.Lock)
