@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 
 try:  # on a ZeroGPU Space this has to come before torch
     import spaces  # noqa: F401
@@ -9,6 +10,8 @@ except ImportError:
     pass
 
 from zoo.demo.settings import Settings
+
+FIRST = "first model"  # name of its thread
 
 
 def serve(settings: Settings) -> None:
@@ -20,11 +23,15 @@ def serve(settings: Settings) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
     from zoo.demo.uploads import Uploads
 
-    with Uploads() as uploads:
-        os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
-        from zoo.demo.run import run
+    try:
+        with Uploads() as uploads:
+            os.environ["GRADIO_TEMP_DIR"] = str(uploads.folder)
+            from zoo.demo.run import run
 
-        run(settings, uploads)
+            run(settings, uploads)
+    finally:
+        if any(thread.name == FIRST and thread.is_alive() for thread in threading.enumerate()):
+            os._exit(130)  # in the middle of its work torch aborts an interpreter that ends
 
 
 if __name__ == "__main__":

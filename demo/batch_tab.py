@@ -44,7 +44,7 @@ def build(server: Server) -> list[gr.Dropdown]:
             if not paths:
                 raise ZooError("Choose images first.")
             server.took(request, *paths)
-            with tempfile.TemporaryDirectory(dir=server.uploads.folder) as out:
+            with tempfile.TemporaryDirectory(dir=server.uploads.work) as out:
                 for found in inspect_batch(server.engine, server.chosen(name), list(map(Path, paths)), Path(out)):
                     if isinstance(found, tuple):
                         yield [_progress(*found), *hidden]

@@ -7,12 +7,12 @@ import gradio as gr
 
 from zoo.demo.inspect_tab import KINDS
 from zoo.demo.server import Server
-from zoo.demo.tuning import LEAST, MOST, SPLIT, Tuning
+from zoo.demo.tuning import EXPLAINED, LEAST, MOST, Tuning
 from zoo.errors import ZooError
 
 INTRODUCTION = f"""<div class="lead"><p>Give {LEAST} to {MOST} images that show nothing unusual, of one tool, layer and
 magnification. A copy of the chosen model learns them; the model itself is left as it is.</p>
-<p class="note">{SPLIT}</p></div>"""
+<p class="note">{EXPLAINED}</p></div>"""
 EMPTY = '<div class="empty"><p><strong>The new model will be told of here.</strong></p></div>'
 OFF = """<div class="empty"><p><strong>Fine-tuning is off on this page.</strong></p><p>It is open to others without a
 password, who would see each other's models. Start your own with <code>zoo demo</code>.</p></div>"""
@@ -46,12 +46,12 @@ def build(server: Server) -> tuple[list[gr.Dropdown], gr.events.Dependency | Non
             if not paths:
                 raise ZooError(f"Choose {LEAST} to {MOST} normal images first.")
             server.took(request, *paths)
-            with server.job(
-                request, Tuning(paths, server.chosen(parent), wanted.strip(), server.settings.device)
-            ) as job:
+            names = server.engine.names()
+            job = Tuning(paths, server.chosen(parent), wanted, server.settings.device, bases=names)
+            with server.job(request, job):
                 for progress in job.run():
                     yield _card(progress.stage == "done", progress.share, progress.line), *buttons
-            server.engine.add(job.name)
+            server.engine.add(job.summary.name)
         except Exception as error:  # told in the page, and the server lives on
             yield server.alert(error), *buttons
         yield gr.skip(), gr.Button(interactive=True), gr.Button(interactive=False)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 
 from zoo.calibrate import calibrate, store_calibration
+from zoo.demo.app import FIRST
 from zoo.fit import fit
 from zoo.run import RunOptions
 
@@ -30,7 +31,7 @@ class FirstModel(threading.Thread):
     """
 
     def __init__(self, ready: Callable[[str], None], device: str = "auto", say: Callable[[str], None] = print):
-        super().__init__(name="first model", daemon=True)
+        super().__init__(name=FIRST, daemon=True)
         self.error: Exception | None = None
         self._ready, self._device, self._say = ready, device, say
         self._step, self._begun = 0, time.monotonic()

@@ -2,13 +2,11 @@
 
 import json
 import logging
-import signal
 import threading
 from importlib.resources import files
 
 import gradio as gr
 
-from zoo import hub
 from zoo.demo import page
 from zoo.demo.engine import Engine
 from zoo.demo.examples import write_examples
@@ -32,7 +30,7 @@ def make_server(settings: Settings, uploads: Uploads) -> Server:
     """The models that are asked for, or all of the local registry; a first one is made where none states a rate."""
     named = [*settings.names, *settings.hub]
     engine = Engine(named or None, settings.device)
-    server = Server(settings, engine, uploads, write_examples(uploads.folder / "examples"))
+    server = Server(settings, engine, uploads, write_examples(uploads.work / "examples"))
     if named:
         for name in named:
             engine.model(name)  # what can't be had is told before the page is there
@@ -44,10 +42,8 @@ def make_server(settings: Settings, uploads: Uploads) -> Server:
 
 
 def launch(blocks: gr.Blocks, settings: Settings, uploads: Uploads) -> None:
-    """Serve until SIGINT or SIGTERM."""
+    """Serve until an interrupt."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    stop = threading.Event()
-    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     script = f"<script>const COLOURS = {json.dumps(colour_tables())};\n{page.text_of('page.js')}</script>"
     try:
         _, url, _ = blocks.launch(
@@ -73,8 +69,6 @@ def launch(blocks: gr.Blocks, settings: Settings, uploads: Uploads) -> None:
             head=script,
         )
         print(f"The demo is at {url} (Ctrl-C ends it).", flush=True)
-        stop.wait()
+        threading.Event().wait()
     finally:
         blocks.close(verbose=False)
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -94,11 +94,11 @@ class Server:
             self._files.setdefault(getattr(request, "session_hash", "") or "", set()).update(map(Path, paths))
 
     @contextmanager
-    def job(self, request: gr.Request, job: Tuning) -> Iterator[Tuning]:
+    def job(self, request: gr.Request, job: Tuning) -> Iterator[None]:
         """A fine-tuning that a visitor waits for, and may cancel."""
         self._jobs[request.session_hash] = job
         try:
-            yield job
+            yield
         finally:
             del self._jobs[request.session_hash]
 

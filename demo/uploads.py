@@ -94,9 +94,11 @@ class Uploads:
 
     Attributes:
         folder: for files; only this user can read it.
+        work: for what is made of them, where the page's server reads nothing but what an answer names.
     """
 
     folder: Path
+    work: Path
 
     def __enter__(self) -> Uploads:
         """Make the folder."""
@@ -106,6 +108,8 @@ class Uploads:
         self._lock.acquire()
         self.folder = self._top / "files"
         self.folder.mkdir(mode=0o700)
+        self.work = self._top / "work"
+        self.work.mkdir(mode=0o700)
         self._signals = {}
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGTERM", "SIGHUP"):  # which would end the process before __exit__

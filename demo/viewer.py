@@ -187,8 +187,8 @@ def _scale(known: Calibration | None) -> str:
     if known is None:
         return "The colours span this image's own map: without a threshold, those of two images can't be compared."
     return (
-        "The scale is fixed by normal images, not by this one: it begins at their median pixel, has the pixel threshold "
-        "in its middle, and what is hotter is more opaque."
+        "The scale is fixed by normal images, not by this one: it begins at their median pixel, has the pixel "
+        "threshold in its middle, and what is hotter is more opaque."
     )
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 from zoo import checkpoint, hub
 from zoo.cli_calibrate import calibrate
 from zoo.cli_data import DATA_USAGE, data
+from zoo.cli_demo import demo
 from zoo.cli_drift import drift
 from zoo.cli_finetune import finetune
 from zoo.cli_fit import fit
@@ -50,6 +51,7 @@ USAGE = f"""usage: zoo COMMAND [--help]
   zoo publish NAME --to ORG/REPO       model, card and record, to the hub or a mirror of it
   zoo benchmark --data DATA            all methods, three seeds: Table 3, Figures 1 and 2, a page
   zoo release --data DATA --to ORG     the same, and a calibrated model of each; to the hub with --yes
+  zoo demo [--name NAME]               a page in the browser: upload an image, see the defect
   zoo import FOLDER                    models that came from elsewhere, into the local registry
   zoo export NAME --to FILE.onnx       the same scores and maps under onnxruntime
 {DATA_USAGE}"""
@@ -235,6 +237,7 @@ COMMANDS = {
     "import": import_,
     "data": data,
     "export": export,
+    "demo": demo,
 }
 
 

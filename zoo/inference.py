@@ -112,6 +112,17 @@ class Found:
     other_size: list[str] = field(default_factory=list)  # than the rate was stated for
     off_scale: list[str] = field(default_factory=list)  # pixels beyond the black and white of the set
 
+    def add(
+        self, name: str, path: Path, image: "Brought", prediction: "Prediction", model: "AnomalyModule", out: Path
+    ) -> None:
+        """Take an image that is done; arguments as of `row_of`."""
+        self.rows[name] = row_of(name, path, image, prediction, model, out)
+        known = model.thresholds()
+        if known is not None and known.calibrated and prediction.is_anomalous is None:
+            self.other_size.append(str(path))
+        if model.view.low is not None and model.view.off_scale(image.image) > OFF_SCALE:
+            self.off_scale.append(str(path))
+
     def lines(self, model: "AnomalyModule", with_broken: bool = True) -> Iterator[str]:
         """What is said of them."""
         yield from (f"Left out: {reason}" for _, reason in self.broken if with_broken)
@@ -179,10 +190,9 @@ def predict_files(
             run.say(line)
         reasons = [reason for _, reason in parts if reason is not None]
         if rank == 0 and (found.rows or not reasons):  # else an earlier run's lists stay
-            about = {"ignore_masks": ignore is not None, "tile": model.view.tile}
-            about["broken"] = [{"image": path, "reason": reason} for path, reason in found.broken]
-            about = {"method": model.method, "calibration": _thresholds(model)} | about
-            _write_lists(out, list(found.rows.values()), about)
+            rows = list(found.rows.values())
+            checkpoint.write_text(out / "predictions.csv", csv_of(rows))
+            checkpoint.write_text(out / "predictions.json", json_of(rows, found.broken, model, ignore is not None))
     if failure is not None:
         raise failure
     if reasons:
@@ -217,10 +227,28 @@ def caveats(model: "AnomalyModule", tile: int | None) -> Iterator[str]:
         yield "The verdicts are uncalibrated: the threshold comes from a few held-out normals, no rate is stated."
 
 
-def _write_lists(out: Path, done: list[dict[str, Any]], about: dict[str, Any]) -> None:
-    lines = [["" if row[key] is None else row[key] for key in COLUMNS] for row in done]
-    checkpoint.write_text(out / "predictions.csv", checkpoint.csv_text(COLUMNS, lines))
-    checkpoint.write_text(out / "predictions.json", checkpoint.dump(about | {"images": done}))
+def csv_of(rows: Sequence[dict[str, Any]]) -> str:
+    """The text of predictions.csv, in the order of the rows (`row_of`)."""
+    return checkpoint.csv_text(COLUMNS, [["" if row[key] is None else row[key] for key in COLUMNS] for row in rows])
+
+
+def json_of(
+    rows: Sequence[dict[str, Any]],
+    broken: Sequence[tuple[str, str]],
+    model: "AnomalyModule",
+    ignore_masks: bool = False,
+) -> str:
+    """The text of predictions.json.
+
+    Args:
+        rows: as `row_of` gives them.
+        broken: (path, reason) of images that are left out.
+        model: that has scored them, as it has seen them (`seen_in_tiles`).
+        ignore_masks: whether something was ignored.
+    """
+    about = {"ignore_masks": ignore_masks, "tile": model.view.tile, "images": list(rows)}
+    about["broken"] = [{"image": path, "reason": reason} for path, reason in broken]
+    return checkpoint.dump({"method": model.method, "calibration": _thresholds(model)} | about)
 
 
 def _thresholds(model: "AnomalyModule") -> dict[str, Any] | None:
@@ -246,8 +274,7 @@ def _predict_files(
     """Score this process's files; `found` fills as they are done."""
     from rich.progress import track
 
-    known, names = model.thresholds(), list(images)
-    stated = known is not None and known.calibrated
+    names = list(images)
     size = 1 if model.view.tile else batch_size
     chunks = [names[i : i + size] for i in range(0, len(names), size)]
     for chunk in track(chunks, "Scoring", disable=not progress):
@@ -263,11 +290,7 @@ def _predict_files(
                     break
         predictions = model.predict_brought(brought.values(), batch_size)
         for (name, image), prediction in zip(brought.items(), predictions, strict=True):
-            found.rows[name] = row_of(name, images[name], image, prediction, model, out)
-            if stated and prediction.is_anomalous is None:
-                found.other_size.append(str(images[name]))
-            if model.view.low is not None and model.view.off_scale(image.image) > OFF_SCALE:
-                found.off_scale.append(str(images[name]))
+            found.add(name, images[name], image, prediction, model, out)
         if failure is not None:
             raise ZooError(f"{str(failure).rstrip('.')}; --skip-broken leaves such images out") from failure
 

@@ -5,7 +5,7 @@ doesn't grow with their number.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache
 from importlib.metadata import version
@@ -37,6 +37,7 @@ def write_report(
     broken: Sequence[tuple[str, str]] = (),
     ignore_masks: bool = False,
     with_evidence: bool = True,
+    sources: Mapping[str, Path] | None = None,
 ) -> None:
     """Write the report of scored images, which needs no other file.
 
@@ -49,17 +50,20 @@ def write_report(
         broken: (path, reason) of images that couldn't be read.
         ignore_masks: whether something was ignored.
         with_evidence: show the nearest normal patches where the method has them; it takes a forward pass an image.
+        sources: the file of each image, by what the rows call it; None: that is its path.
 
     Raises:
         ZooError: the page can't be written.
     """
-    rows = sorted(rows, key=_by_suspicion)
+    rows = sorted(rows, key=by_suspicion)
     training = evidence.TrainingImages(model) if with_evidence and keeps_patches(model) else None
     about = {"head": _head(rows, model, name), "notes": notes, "broken": broken, "rows": map(_line, rows)}
     about |= {"settings": _settings(model, name, ignore_masks), "count": len(rows), "shown": min(len(rows), SHOWN)}
     about |= {"evidence": _about_evidence(model, with_evidence), "scale": _scale(), "name": name}
     about["calibration"] = model.calibration
-    about["images"] = (_section(i, row, model, path.parent, training) for i, row in enumerate(rows[:SHOWN], start=1))
+    files = [row["image"] if sources is None else sources[row["image"]] for row in rows[:SHOWN]]
+    shown = enumerate(zip(rows, files, strict=False), start=1)
+    about["images"] = (_section(i, row, file, model, path.parent, training) for i, (row, file) in shown)
     _write(path, _template().generate(about))
 
 
@@ -68,8 +72,8 @@ def keeps_patches(model: AnomalyModule) -> bool:
     return type(model).nearest_normal is not AnomalyModule.nearest_normal
 
 
-def _by_suspicion(row: dict[str, Any]) -> tuple[bool, float, float]:
-    """The lowest p-value first; ties, and then what has none, by falling score."""
+def by_suspicion(row: dict[str, Any]) -> tuple[bool, float, float]:
+    """Key by which rows are sorted: the lowest p-value first; ties, and then what has none, by falling score."""
     return row["p_value"] is None, row["p_value"] or 0.0, -row["score"]
 
 
@@ -145,7 +149,12 @@ def _line(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _section(
-    number: int, row: dict[str, Any], model: AnomalyModule, folder: Path, training: evidence.TrainingImages | None
+    number: int,
+    row: dict[str, Any],
+    file: str | Path,
+    model: AnomalyModule,
+    folder: Path,
+    training: evidence.TrainingImages | None,
 ) -> dict[str, Any]:
     """An image with its pictures; one that has gone since it was scored has its heatmap alone."""
     (height, width), nm = row["size"], row["pixel_nm"]
@@ -154,7 +163,7 @@ def _section(
     about["pixel"] = None if nm is None else f"{nm:.4g} nm"
     about["has_regions"], about["more"] = row["regions"] is not None, max(len(regions) - REGIONS, 0)
     about["regions"] = [region_words(i, region, nm) for i, region in regions[:REGIONS]]
-    brought = _brought(row["image"], model)
+    brought = _brought(file, model)
     if brought is not None:
         about["image"] = picture(plots.grey8(model.view.shown(brought.array)))
         if training is not None:
@@ -165,7 +174,7 @@ def _section(
     return about
 
 
-def _brought(path: str, model: AnomalyModule) -> Brought | None:
+def _brought(path: str | Path, model: AnomalyModule) -> Brought | None:
     try:
         return model.bring(path)
     except ZooError:
