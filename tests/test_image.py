@@ -1,6 +1,7 @@
 """Decoding: what was written comes back bit for bit, and what cannot be kept is refused in one sentence."""
 
 import io
+import lzma
 import struct
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import torch
 from PIL import Image, ImageOps
 
 from zoo.errors import ZooError
-from zoo.image import read_image, read_mask, resize, resize_mask, to_tensor
+from zoo.image import image_size, read_image, read_mask, resize, resize_mask, to_tensor
 
 RNG = np.random.default_rng(0)
 GREY8 = RNG.integers(0, 256, (20, 30), dtype=np.uint8)
@@ -33,6 +34,10 @@ def tiff_bytes(array, **options):
     buffer = io.BytesIO()
     tifffile.imwrite(buffer, array, **options)
     return buffer.getvalue()
+
+
+def chunk(kind, body=b""):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
 def filtered_rows(raw, distance):
@@ -60,9 +65,6 @@ def png16_bytes(array, interlaced=False):
     pixels = b"".join(
         filtered_rows(np.frombuffer(part.tobytes(), np.uint8).reshape(len(part), -1), 2 * channels) for part in passes
     )
-
-    def chunk(kind, body):
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 16, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, interlaced)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(pixels)) + chunk(b"IEND", b"")
@@ -120,6 +122,8 @@ def test_files_come_back_bit_exact(data, expected, tmp_path):
     assert_same(read_image(str(path)), expected)
     assert_same(read_image({"path": str(path), "bytes": None}), expected)
     assert_same(read_image({"path": None, "bytes": data}), expected)
+    for source in (data, path, str(path), {"path": str(path), "bytes": None}, {"path": None, "bytes": data}):
+        assert image_size(source) == expected.shape[:2]
 
 
 def test_lossy_and_colour_spaces_follow_pil():
@@ -149,6 +153,11 @@ def test_orientation_is_applied(orientation):
     tiff = tiff_bytes(GREY8, extratags=[(274, "H", 1, orientation, True)])
     assert_same(read_image(tiff), expected)
     assert_same(read_image(Image.open(io.BytesIO(tiff))), expected)
+    jpeg = pil_bytes(Image.fromarray(GREY8), "JPEG", exif=exif)
+    plain = pil_bytes(Image.fromarray(GREY8), "PNG")
+    late = plain[:-12] + chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")) + plain[-12:]  # behind the pixels
+    for data in (png, tiff, jpeg, late):
+        assert read_image(data).shape == image_size(data) == expected.shape
 
 
 def test_pil_images_and_arrays():
@@ -182,6 +191,11 @@ def test_thumbnails_are_no_pages():
         writer.write(GREY16)
         writer.write(GREY16[::2, ::2], subfiletype=1)
     assert_same(read_image(buffer.getvalue()), GREY16)
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as writer:
+        writer.write(GREY16[::2, ::2], subfiletype=1)
+        writer.write(GREY16)
+    assert read_image(buffer.getvalue()).shape == image_size(buffer.getvalue()) == GREY16.shape
 
 
 def truncated(data):
@@ -257,6 +271,138 @@ def test_large_scans_are_read_and_bombs_are_not():
         bomb = header[:12] + body + struct.pack(">I", zlib.crc32(body)) + header[33:]
         with pytest.raises(ZooError, match=match):
             read_image(bomb)
+
+
+def zeros(size):
+    """So many zero bytes, deflated: a thousandth of them."""
+    packer = zlib.compressobj(9)
+    return b"".join(packer.compress(bytes(1 << 20)) for _ in range(size >> 20)) + packer.flush()
+
+
+def png_of(side, pixels, before=b"", after=b""):
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + before + chunk(b"IDAT", pixels) + after + chunk(b"IEND")
+
+
+def tiff_of(side, compression, data, more=(), samples=1):
+    """A grey TIFF of one strip written by hand, with further tags (code, type, count), whose values are its data."""
+    tags = {256: side, 257: side, 258: 8, 259: compression, 262: 1, 277: samples, 278: side, 279: len(data)}
+    start = 8 + 2 + 12 * (len(tags) + 1 + len(more)) + 4
+    entries = [(code, 4, 1, value) for code, value in {**tags, 273: start}.items()]
+    entries += [(*each, start) for each in more]
+    body = b"".join(struct.pack("<HHII", *entry) for entry in sorted(entries))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + body + bytes(4) + data
+
+
+def shared_values(size, count):
+    """EXIF data of tags that all have the same values."""
+    body = b"".join(struct.pack("<HHII", 40000 + i, 7, size, 8) for i in range(count))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", count) + body + bytes(4 + size)
+
+
+def bomb(name):
+    """A small file that takes gigabytes, or minutes, without what is checked; and what is said of it."""
+    blank = zlib.compress(bytes(65 * 64))
+    jpeg = pil_bytes(Image.new("L", (2048, 2048)), "JPEG", progressive=True)
+    exif = shared_values(1 << 20, 4000)
+    parts = [exif[i : i + 60000] for i in range(0, len(exif), 60000)]
+    if name == "png chunks":
+        return png_of(64, blank, after=300_000 * chunk(b"prVt")), "4096 chunks"
+    if name == "png empty pixels":
+        return png_of(64, blank[:1], after=300_000 * chunk(b"IDAT") + chunk(b"IDAT", blank[1:])), "4096 chunks"
+    if name == "png exif":
+        return png_of(64, blank, before=chunk(b"eXIf", exif)), "larger than the file"
+    if name == "png exif as text":
+        text = b"\nexif\n0\n" + shared_values(400_000, 4000).hex().encode()
+        body = b"Raw profile type exif\0\0" + zlib.compress(text)
+        return png_of(64, blank, before=chunk(b"zTXt", body)), "larger than the file"
+    if name == "jpeg exif":
+        body = b"".join(b"\xff\xe1" + struct.pack(">H", len(part) + 8) + b"Exif\0\0" + part for part in parts)
+        return jpeg[:2] + body + jpeg[2:], "larger than the file"
+    if name == "jpeg scans":
+        return jpeg[:-2] + 2000 * jpeg[jpeg.rindex(b"\xff\xda") : -2] + jpeg[-2:], "100 scans"
+    if name == "jpeg segments":
+        return jpeg[:2] + 1_000_000 * b"\xff\xe5\0\2" + jpeg[2:], "4096 segments"
+    if name == "jpeg padding":
+        return jpeg[:2] + 8_000_000 * b"\xff" + jpeg[2:], "4096 segments"
+    if name == "bmp runs":
+        data = pil_bytes(Image.new("L", (64, 64)), "BMP")[:1078] + 2_000_000 * b"\0\2\0\0"
+        return data[:30] + struct.pack("<I", 1) + data[34:], "of run lengths"
+    if name == "tiff deflate":
+        return tiff_of(64, 8, zeros(1 << 29)), "expand to more"
+    if name == "tiff tags":
+        return tiff_of(64, 5, bytes(1 << 20), [(60000 + i, 7, 1 << 20) for i in range(4000)]), "larger than the file"
+    if name == "tiff channels":
+        return tiff_of(4096, 1, bytes(999), samples=1000), "1000 channels"
+    page = struct.pack("<HHHII", 1, 256, 4, 1, 64)
+    if name == "tiff ring":
+        return b"II*\0\x08\0\0\0" + page + struct.pack("<I", 8), "1024 pages"
+    pages = b"".join(page + struct.pack("<I", 8 + 18 * (i + 1)) for i in range(300_000))
+    return b"II*\0\x08\0\0\0" + pages, "1024 pages"
+
+
+BOMBS = "png chunks,png empty pixels,png exif,png exif as text,jpeg exif,jpeg scans,jpeg segments,jpeg padding,bmp runs"
+BOMBS += ",tiff deflate,tiff tags,tiff channels,tiff ring,tiff pages"
+TRY = """import resource, sys, time
+from zoo.image import image_size, read_image
+import PIL.BmpImagePlugin, PIL.JpegImagePlugin, PIL.PngImagePlugin, PIL.TiffImagePlugin, numpy, tifffile
+def used(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+before, start = used(), time.process_time()
+try: (read_image if sys.argv[1] == "read" else image_size)(sys.argv[2])
+except ValueError as error: print(error)
+print(used() - before, time.process_time() - start)
+"""
+
+
+def tried(what, path):
+    """What is said of a file, in MB and seconds beyond the imports."""
+    limit = "import resource; resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))\n"  # spares the machine
+    command = [sys.executable, "-c", limit + TRY, what, str(path)]
+    *said, numbers = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    return "".join(said), *map(float, numbers.split())
+
+
+@pytest.mark.parametrize("name", BOMBS.split(","))
+def test_bombs_cost_nothing(name, tmp_path):
+    path = tmp_path / "bomb"
+    data, match = bomb(name)
+    path.write_bytes(data)
+    assert len(data) < 10 << 20
+    said, mb, seconds = tried("read", path)
+    assert match in said and said.startswith(f"{path} is ")
+    assert mb < 128 and seconds < 1.5
+
+
+def test_the_size_of_a_file_is_read_without_its_pixels(tmp_path):
+    path = tmp_path / "large.png"
+    path.write_bytes(png_of(16000, zeros(16001 * 16000)))
+    assert image_size(path) == (16000, 16000)
+    said, mb, seconds = tried("size", path)
+    assert not said and mb < 16 and seconds < 0.5
+    path.write_bytes(png_of(16385, b""))
+    with pytest.raises(ZooError, match="cut it into smaller"):
+        image_size(path)
+    for data, match in (
+        (b"", "is empty"),
+        (b"hello", "is not a PNG"),
+        (pil_bytes(Image.new("L", (9, 7)), "PNG"), "9 x 7"),
+    ):
+        path.write_bytes(data)
+        with pytest.raises(ZooError, match=match):
+            image_size(path)
+    with pytest.raises(ZooError, match="of 3 pages"):
+        image_size(tiff_bytes(np.stack([GREY8] * 3), photometric="minisblack"))
+    with pytest.raises(ZooError, match="does not exist"):
+        image_size(tmp_path / "none.png")
+
+
+@pytest.mark.parametrize("compression", ["packbits", "lzma", "zstd"])
+def test_endless_compressions_are_read_by_the_image_size(compression, tmp_path):
+    path = tmp_path / "x.tif"
+    packed = {"packbits": b"\x81\0" * (4 << 20), "lzma": lzma.compress(bytes(1 << 29), preset=0)}.get(compression, b"")
+    path.write_bytes(tiff_of(64, {"packbits": 32773, "lzma": 34925, "zstd": 50000}[compression], packed or b"x"))
+    said, mb, seconds = tried("read", path)  # libtiff decodes what the image needs, or can't
+    assert mb < 128 and seconds < 1.5 and (not said or "damaged" in said)
 
 
 def test_masks():

@@ -12,22 +12,28 @@ import io
 import logging
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 import numpy as np
 
+from zoo.bombs import MAX_RUNS, check_deflate, check_jpeg, check_png, check_tiff
 from zoo.errors import ZooError
 
 if TYPE_CHECKING:
     import PIL.Image
+    import tifffile
     import torch
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"})  # compare with Path.suffix.lower()
 MIN_SIDE = 8  # pixels
 MAX_PIXELS = 16384 * 16384  # the largest SEM scans; beyond that a file is a mistake or a decompression bomb
+MAX_SAMPLES = 4  # of a pixel: RGB and alpha
 
 _TIFF_MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_DEFLATE = (8, 32946)
+_UNBOUNDED = (32773, 34925, 50000)  # PackBits, LZMA, Zstandard: tifffile's own decoders go on as long as data does
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 # tifffile logs each vendor tag it does not know; without a handler of the application's these lines go to stderr
 logging.getLogger("tifffile").addHandler(logging.NullHandler())
@@ -107,30 +113,56 @@ def read_mask(
 
 
 def image_size(source: str | os.PathLike | bytes | dict | PIL.Image.Image | np.ndarray) -> tuple[int, int]:
-    """Height and width of an image as `read_image` would return it; of a file mostly from its head.
+    """Height and width of an image as `read_image` would return it; of a file from its head, without decoding it.
 
     Raises:
         ZooError: as `read_image`, as far as the head tells.
     """
     if isinstance(source, dict):
-        source = source["bytes"] if source.get("bytes") is not None else source.get("path")
-    if isinstance(source, str | os.PathLike | bytes):
-        with contextlib.suppress(Exception):  # a head that isn't known: read_image knows it, or says what is wrong
-            height, width, orientation = _head(io.BytesIO(source) if isinstance(source, bytes) else source)
-            return (width, height) if orientation >= 5 else (height, width)  # rows are columns
+        where, data = source.get("path"), source.get("bytes")
+        source = where if data is None else data
+        name = str(where or "the image")
+    else:
+        name = os.fspath(source) if isinstance(source, str | os.PathLike) else "the image"
+    if isinstance(source, str | os.PathLike):
+        with _explained(name), open(source, "rb") as file:
+            return _size_of(file, name)
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _size_of(io.BytesIO(source), name)
     return read_image(source).shape[:2]
 
 
-def _head(file: str | os.PathLike | io.BytesIO) -> tuple[int, int, int]:
-    """Height, width and orientation tag (1 to 8) as the head of a file has them."""
-    import PIL.Image
-    import tifffile
+def _size_of(file: BinaryIO, where: str) -> tuple[int, int]:
+    """Height and width of an open file, upright."""
+    try:
+        if _is_tiff(file):
+            with _tiff_page(file, where) as page:
+                height, width, orientation = page.imagelength, page.imagewidth, page.tags.valueof(274, 1)
+        else:
+            image = _open(_without_pixels(file), where)
+            height, width, orientation = image.height, image.width, _orientation(image)
+    except ZooError:
+        raise
+    except Exception as error:
+        _fail_damaged(where, error)
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)  # rows are columns
 
-    with contextlib.suppress(tifffile.TiffFileError), tifffile.TiffFile(file) as tiff:
-        page = tiff.pages[0]
-        return page.imagelength, page.imagewidth, page.tags.valueof(274, 1)
-    with PIL.Image.open(file) as image:
-        return image.height, image.width, image.getexif().get(274, 1)
+
+def _without_pixels(file: BinaryIO) -> BinaryIO:
+    """A PNG that is head only, so that an orientation behind the pixels is found too; any other file as it is."""
+    file.seek(0)
+    if file.read(8) != _PNG_MAGIC:
+        return file
+    check_png(file)
+    file.seek(8)
+    parts = [_PNG_MAGIC]
+    while len(head := file.read(8)) == 8:
+        rest = int.from_bytes(head[:4]) + 4
+        if head[4:] == b"IDAT":
+            file.seek(rest, 1)
+        else:
+            parts += head, file.read(rest)
+    return io.BytesIO(b"".join(parts))
 
 
 def to_tensor(array: np.ndarray, name: object = None) -> torch.Tensor:
@@ -199,9 +231,17 @@ def _name(source: object) -> str:
 
 def read_bytes(path: str | os.PathLike) -> bytes:
     """The bytes of a file; ZooError where it is missing, a folder or not readable."""
-    where = os.fspath(path)
-    try:
+    with _explained(os.fspath(path)):
         return Path(path).read_bytes()
+
+
+@contextlib.contextmanager
+def _explained(where: str) -> Iterator[None]:
+    """Errors of opening and reading a file as ZooErrors."""
+    try:
+        yield
+    except ZooError:
+        raise
     except FileNotFoundError:
         _fail(where, "does not exist; check the path")
     except IsADirectoryError:
@@ -213,24 +253,10 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 def _decode(data: bytes, where: str) -> np.ndarray:
     """The bytes of a file -> checked array."""
-    from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin
-
-    if not data:
-        _fail(where, "is empty (0 bytes); copy it again or remove it")
-    if data.startswith(_TIFF_MAGIC):
-        return _decode_tiff(data, where)
-    # The classes are called directly: Image.open refuses more than 179 million pixels, and its limit is a global.
-    if data.startswith(_PNG_MAGIC):
-        plugin = PngImagePlugin.PngImageFile
-    elif data.startswith(b"\xff\xd8\xff"):
-        plugin = JpegImagePlugin.JpegImageFile
-    elif data.startswith(b"BM"):
-        plugin = BmpImagePlugin.BmpImageFile
-    else:
-        _fail(where, "is not a PNG, JPEG, BMP or TIFF image; convert it to one of these or remove it")
     try:
-        image = plugin(io.BytesIO(data))
-        _check_size(image.height, image.width, where)
+        if _is_tiff(io.BytesIO(data)):
+            return _decode_tiff(data, where)
+        image = _open(io.BytesIO(data), where)
         if _is_deep_colour_png(data[:26]):
             return _decode_deep_colour_png(data, where)
         return _read_pil(image, where)
@@ -238,6 +264,39 @@ def _decode(data: bytes, where: str) -> np.ndarray:
         raise
     except Exception as error:  # damaged files raise OSError, SyntaxError, ValueError, struct.error, ...
         _fail_damaged(where, error)
+
+
+def _is_tiff(file: BinaryIO) -> bool:
+    file.seek(0)
+    return file.read(4) in _TIFF_MAGIC
+
+
+def _open(file: BinaryIO, where: str) -> PIL.Image.Image:
+    """A PNG, JPEG or BMP, of which the head is read and found to be one image that can be decoded."""
+    from PIL import BmpImagePlugin, JpegImagePlugin, PngImagePlugin
+
+    file.seek(0)
+    magic = file.read(8)
+    file.seek(0)
+    if not magic:
+        _fail(where, "is empty (0 bytes); copy it again or remove it")
+    # The classes are called directly: Image.open refuses more than 179 million pixels, and its limit is a global.
+    if magic == _PNG_MAGIC:
+        check, plugin = check_png, PngImagePlugin.PngImageFile
+    elif magic.startswith(b"\xff\xd8\xff"):
+        check, plugin = check_jpeg, JpegImagePlugin.JpegImageFile
+    elif magic.startswith(b"BM"):
+        check, plugin = None, BmpImagePlugin.BmpImageFile
+    else:
+        _fail(where, "is not a PNG, JPEG, BMP or TIFF image; convert it to one of these or remove it")
+    if check:
+        check(file)
+        file.seek(0)
+    image = plugin(file)
+    _check_pil(image, where)
+    if image.tile and image.tile[0].codec_name == "bmp_rle" and file.seek(0, 2) > MAX_RUNS:
+        _fail(where, f"is a BMP of more than {MAX_RUNS >> 20} MB of run lengths; save it as PNG")
+    return image
 
 
 def _fail_damaged(where: str, error: Exception) -> NoReturn:
@@ -267,24 +326,41 @@ def _decode_deep_colour_png(data: bytes, where: str) -> np.ndarray:
     return _check(halves[0] << 8 | halves[1], where)
 
 
-def _decode_tiff(data: bytes, where: str) -> np.ndarray:
+@contextlib.contextmanager
+def _tiff_page(file: BinaryIO, where: str) -> Iterator[tifffile.TiffPage]:
+    """The one page of a TIFF, whose head is found to be that of an image that can be decoded."""
     import tifffile
 
+    check_tiff(file)
+    file.seek(0)
+    with tifffile.TiffFile(file) as tiff:
+        pages = [page for page in tiff.pages if not page.is_reduced]  # thumbnails and pyramid levels
+        if not pages:
+            _fail(where, "is a truncated TIFF; copy it again or remove it")
+        if len(pages) > 1:
+            _fail(where, f"is a TIFF of {len(pages)} pages (0 to {len(pages) - 1}); save each page as its own file")
+        page = pages[0]
+        if page.imagedepth != 1 or set(page.axes) - set("YXS"):
+            _fail(where, f"is a TIFF of shape {page.shape} (axes {page.axes}); save one plane as its own file")
+        _check_size(page.imagelength, page.imagewidth, where)
+        if page.samplesperpixel > MAX_SAMPLES:
+            _fail(
+                where, f"is a TIFF of {page.samplesperpixel} channels; an image is grey or RGB, with alpha or without"
+            )
+        yield page
+
+
+def _decode_tiff(data: bytes, where: str) -> np.ndarray:
     try:
-        with tifffile.TiffFile(io.BytesIO(data)) as file:
-            pages = [page for page in file.pages if not page.is_reduced]  # thumbnails and pyramid levels
-            if not pages:
-                _fail(where, "is a truncated TIFF; copy it again or remove it")
-            if len(pages) > 1:
-                _fail(where, f"is a TIFF of {len(pages)} pages (0 to {len(pages) - 1}); save each page as its own file")
-            page = pages[0]
-            if page.imagedepth != 1 or set(page.axes) - set("YXS"):
-                _fail(where, f"is a TIFF of shape {page.shape} (axes {page.axes}); save one plane as its own file")
-            _check_size(page.imagelength, page.imagewidth, where)
-            segments = zip(page.dataoffsets, page.databytecounts, strict=True)
+        with _tiff_page(io.BytesIO(data), where) as page:
+            segments = list(zip(page.dataoffsets, page.databytecounts, strict=True))
             if not page.dataoffsets or any(offset + count > len(data) for offset, count in segments):
                 _fail(where, "is a truncated TIFF; copy it again or remove it")
+            if page.compression in _DEFLATE:
+                strips = (data[offset : offset + count] for offset, count in segments)
+                check_deflate(strips, page.nbytes)
             plain = page.photometric in (0, 1, 2) and page.bitspersample in (1, 8, 16, 32, 64)
+            plain = plain and page.compression not in _UNBOUNDED
             try:
                 array = page.asarray() if plain else None
             except ValueError:  # a compression that needs imagecodecs
@@ -322,9 +398,7 @@ def _decode_tiff_by_pil(data: bytes, page, where: str) -> np.ndarray:
 
 
 def _read_pil(image: PIL.Image.Image, where: str) -> np.ndarray:
-    if getattr(image, "n_frames", 1) > 1:
-        _fail(where, f"holds {image.n_frames} frames; save each frame as its own file")
-    _check_size(image.height, image.width, where)
+    _check_pil(image, where)
     if _hides_bits(image):
         _fail(where, "is 16-bit colour, of which PIL keeps 8 bits; pass the path of the file instead")
     try:
@@ -348,7 +422,25 @@ def _read_pil(image: PIL.Image.Image, where: str) -> np.ndarray:
         array = np.asarray(image.convert("RGBA" if mode == "RGBa" else "RGB"))[..., :3]
     else:
         _fail(where, f"has the PIL mode {mode}; convert it to L, I;16, F or RGB")
-    return _check(_orient(array, image.getexif().get(274, 1)), where)
+    return _check(_orient(array, _orientation(image)), where)
+
+
+def _check_pil(image: PIL.Image.Image, where: str) -> None:
+    if getattr(image, "n_frames", 1) > 1:
+        _fail(where, f"holds {image.n_frames} frames; save each frame as its own file")
+    _check_size(image.height, image.width, where)
+
+
+def _orientation(image: PIL.Image.Image) -> int:
+    """The orientation tag of an image whose head, or all of it, was read: 1 to 8."""
+    import PIL.Image
+
+    exif = image.info.get("exif")
+    if exif is None and "Raw profile type exif" in image.info:
+        exif = bytes.fromhex("".join(image.info["Raw profile type exif"].split("\n")[3:]))
+    if exif:
+        check_tiff(io.BytesIO(exif.removeprefix(b"Exif\0\0")))
+    return PIL.Image.Image.getexif(image).get(274, 1)  # that of PNG files would decode them first
 
 
 def _hides_bits(image: PIL.Image.Image) -> bool:
