@@ -51,7 +51,7 @@ def build(server: Server) -> tuple[list[gr.Dropdown], gr.events.Dependency | Non
                 raise ZooError(f"Choose {LEAST} to {MOST} normal images first.")
             server.took(request, *paths)
             names = server.engine.names()
-            job = Tuning(paths, server.chosen(parent), wanted, server.settings.device, bases=names)
+            job = Tuning(paths, server.chosen(parent), wanted, server.engine.training_device, bases=names)
             with server.job(request, job):
                 for progress in job.run():
                     yield _card(progress.stage == "done", progress.share, progress.line), *buttons
