@@ -7,6 +7,7 @@ import gradio as gr
 import numpy as np
 
 from zoo import plots
+from zoo.calibration import check_rate
 from zoo.demo.server import Server
 from zoo.demo.viewer import figures, mask_of
 
@@ -22,15 +23,18 @@ def build(server: Server) -> None:
         return sorted(({"name": name, "about": label} for label, name in choices), key=lambda one: one["name"] != first)
 
     def predict(
-        image: str | None, model: str | None, false_alarm_rate: float | None, request: gr.Request
+        image: str | None, model: str | None, false_alarm_rate: float | None
     ) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
-        """Score one image: its figures, the heatmap over it and the mask of its regions."""
+        """Score one image: its figures, the heatmap over it and the mask of its regions.
+
+        An empty model is the first one, a rate of 0 the one that the model states.
+        """
         try:
             if image is None:
                 raise gr.Error("Give an image: a file, by handle_file.", print_exception=False)
+            rate = check_rate(false_alarm_rate) if false_alarm_rate else None
             look = server.look(image, model, with_evidence=False)
-            told = figures(look, false_alarm_rate)
-            mask = mask_of(look, false_alarm_rate)
+            told, mask = figures(look, rate), mask_of(look, rate)
             shown = plots.overlay(
                 look.model.view.shown(look.brought.array), look.prediction.map, look.model.calibration
             )
@@ -44,7 +48,11 @@ def build(server: Server) -> None:
                 server.uploads.forget([Path(image)])
 
     with gr.Row(visible=False):
-        asked = [gr.File(label="image"), gr.Textbox(label="model", value=""), gr.Number(label="false_alarm_rate")]
+        asked = [
+            gr.File(label="image"),
+            gr.Textbox(label="model", value=""),
+            gr.Number(label="false_alarm_rate", value=0),
+        ]
         answer = [
             gr.JSON(label="result"),
             gr.Image(label="heatmap", format="png"),

@@ -23,7 +23,9 @@ def build(server: Server) -> list[gr.Dropdown]:
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280):
                 model = gr.Dropdown(label="Model", elem_id="batch-model", interactive=True)
-                files = gr.File(label="Images", file_count="multiple", file_types=KINDS, elem_id="batch-images")
+                files = gr.File(
+                    label="Images", file_count="multiple", file_types=KINDS, elem_id="batch-images", height=240
+                )
                 with gr.Row():
                     start = gr.Button("Inspect all", variant="primary", elem_id="batch-button")
                     stop = gr.Button("Cancel", elem_id="batch-cancel")

@@ -30,8 +30,9 @@ _models: WeakValueDictionary[int, AnomalyModule] = WeakValueDictionary()  # a le
 class Served:
     """A model that many ask at once: whoever has its turn scores the images that have waited longest."""
 
-    def __init__(self, model: AnomalyModule):
+    def __init__(self, model: AnomalyModule, is_lent: bool = False):
         self.model, self.turn = model, threading.Lock()
+        self._compute = _compute_lent if is_lent else _compute
         _models[id(model)] = model
         self.waiting: deque[tuple[Brought, Future]] = deque()
         self.training = evidence.TrainingImages(model) if keeps_patches(model) else None
@@ -51,7 +52,7 @@ class Served:
         while self.waiting and len(group) < most and self.waiting[0][0].image.shape == shape:
             group.append(self.waiting.popleft())
         try:
-            found = _compute(id(self.model), [image for image, _ in group])
+            found = self._compute(id(self.model), [image for image, _ in group])
         except Exception as error:
             if len(group) > 1:  # it may be of one of them
                 return self._one_by_one(group)
@@ -62,7 +63,7 @@ class Served:
     def _one_by_one(self, group: list[tuple[Brought, Future]]) -> None:
         for image, answer in group:
             try:
-                answer.set_result(_compute(id(self.model), [image])[0])
+                answer.set_result(self._compute(id(self.model), [image])[0])
             except Exception as error:
                 answer.set_exception(error)
 
@@ -71,8 +72,7 @@ def _compute(model: int, images: list[Brought]) -> list[Prediction]:
     return _models[model].predict_brought(images, len(images))
 
 
-if ON_ZERO_GPU:
-    _compute = GPU(duration=SECONDS)(_compute)
+_compute_lent = GPU(duration=SECONDS)(_compute) if ON_ZERO_GPU else _compute
 
 
 class Engine:
@@ -88,9 +88,16 @@ class Engine:
         self.device, self._names = device_of(device), None if names is None else list(names)
         self._served: OrderedDict[str, Served] = OrderedDict()
         self._look, self._loading = threading.Lock(), threading.Lock()  # the first is never held for long
-        if ON_ZERO_GPU:  # its processes know what was there when they began
+        self._is_lent = ON_ZERO_GPU
+        if ON_ZERO_GPU:  # its processes know the models that were there when they began; later ones stay on the CPU
             for name in self.names():
                 self.model(name)
+            self.device, self._is_lent = device_of("cpu"), False
+
+    @property
+    def training_device(self) -> str:
+        """Where models are made: a GPU that is lent is not there for so long."""
+        return "cpu" if ON_ZERO_GPU else str(self.device)
 
     def names(self) -> list[str]:
         """The models to choose from; those that can't be read are told by `model`."""
@@ -140,7 +147,7 @@ class Engine:
         with self._loading:
             if served := self._known(name):  # somebody else has loaded it meanwhile
                 return served
-            served = Served(self._load(name))
+            served = Served(self._load(name), self._is_lent)
             with self._look:
                 self._served[name] = served
                 while len(self._served) > KEPT and not ON_ZERO_GPU:

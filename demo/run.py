@@ -35,7 +35,7 @@ def make_server(settings: Settings, uploads: Uploads) -> Server:
         for name in named:
             engine.model(name)  # what can't be had is told before the page is there
     elif not any(map(is_calibrated, engine.names())):
-        server.first = FirstModels(engine.add, settings.device, lambda line: print(line, flush=True))
+        server.first = FirstModels(engine.add, engine.training_device, lambda line: print(line, flush=True))
         print("No model here states a false-alarm rate yet, so first ones are made while the page is already there.")
         server.first.start()
     return server

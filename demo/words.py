@@ -5,6 +5,8 @@ from typing import Any
 from zoo.calibration import Calibration
 from zoo.module import AnomalyModule, Prediction
 
+RARE = 0.05  # up to such a share of normal images
+
 
 def rarity(known: Calibration, score: float) -> str:
     """How many normal images score as high."""
@@ -33,7 +35,8 @@ def meaning(prediction: Prediction, known: Calibration | None) -> str:
     if known is None or not known.calibrated:
         return ""
     rate, many = f"{100 * known.false_alarm_rate:.4g} %", len(prediction.regions or ())
-    places = f"{'one place stands' if many == 1 else f'{many} places stand'} out, which normal images rarely show"
+    places = f"{'one place stands' if many == 1 else f'{many} places stand'} out"
+    places += ", which normal images rarely show" if known.false_alarm_rate <= RARE else ""
     if prediction.is_anomalous and many:
         return f"It is called anomalous at a false-alarm rate of {rate}; {places}."
     if prediction.is_anomalous:
