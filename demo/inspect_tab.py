@@ -32,7 +32,7 @@ def build(server: Server) -> list[gr.Dropdown]:
             examples = gr.HTML(shown, js_on_load=CHOSEN, elem_id="examples")
         with gr.Column(scale=3, min_width=320):
             result = gr.HTML(EMPTY, elem_id="result")
-    looked_at = gr.State()  # a path, or the number of an example
+            looked_at = gr.State()  # a path, or the number of an example; outside of the tab it would count as one
 
     def look(what: str | int | None, name: str | None, request: gr.Request) -> str:
         if what is None:

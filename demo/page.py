@@ -27,7 +27,7 @@ def build(server: Server) -> gr.Blocks:
         gr.HTML(HEAD.format(icon=text_of("icon.svg")))
         waiting = gr.HTML(visible=False)
         tick = gr.Timer(1, active=False)
-        with gr.Tabs():
+        with gr.Tabs(overflow_behavior="wrap"):
             choosers = [*inspect_tab.build(server), *compare_tab.build(server), *batch_tab.build(server)]
             bases, tuned = finetune_tab.build(server)
             choosers += [*bases, *about_tab.build(server)]
