@@ -31,6 +31,7 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium o
 
 PATIENCE = 15_000  # ms
 DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+TABS = ["Inspect", "Compare", "Batch", "Fine-tune", "About"]
 DATA, NORMALS = "synthetic:train=30,good=1,defect=1", "synthetic:train=1,good=30,defect=1,seed=1"
 EVIL = "<img src=x onerror=window.evil=1>'\".tif"
 SCRATCH = 1 + synthetic.KINDS.index("scratch")  # number of the example
@@ -153,11 +154,9 @@ def defect(tmp_path):
 
 
 def go_to(page, name):
-    tab = page.get_by_role("tab", name=name, exact=True)
-    if not tab.is_visible():  # a narrow page has the others in a menu
-        page.get_by_label("More tabs").click()
-        tab = page.locator(".overflow-dropdown button", has_text=name)
-    tab.click()
+    page.get_by_role("tab", name=name, exact=True).click()
+    expect(page.get_by_role("tab", selected=True)).to_have_text(name)
+    expect(page.get_by_role("tab")).to_have_text(TABS)
 
 
 def give(page, files, where="#image"):
@@ -653,6 +652,9 @@ def test_a_phone_needs_no_sideways_scrolling(visit, defect, tmp_path):
         width = page.evaluate("document.scrollingElement.scrollWidth")
         assert width <= PHONE["width"], width
 
+    expect(page.get_by_role("tab")).to_have_text(TABS)
+    tops = {tab.bounding_box()["y"] for tab in page.get_by_role("tab").all()}
+    assert len(tops) == 1  # in one line
     give(page, defect)
     result_of(page)
     fits()
