@@ -1,6 +1,5 @@
 """The endpoints for programs, by name; `GET /gradio_api/info` describes them."""
 
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -43,9 +42,6 @@ def build(server: Server) -> None:
             raise
         except Exception as error:
             raise gr.Error(server.told(error), print_exception=False) from error
-        finally:
-            if image is not None:
-                server.uploads.forget([Path(image)])
 
     with gr.Row(visible=False):
         asked = [

@@ -110,8 +110,8 @@ class Server:
     def left(self, request: gr.Request) -> None:
         """A visitor has closed the page: what runs for it ends, and its files go."""
         self.cancel(request)
-        with self._lock:
-            paths = self._files.pop(request.session_hash or "", set())
+        with self._lock:  # the same file of two visitors lies there once
+            paths = self._files.pop(request.session_hash or "", set()).difference(*self._files.values())
         self.uploads.forget(paths)
 
 
