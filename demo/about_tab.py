@@ -25,7 +25,8 @@ def build(server: Server) -> list[gr.Dropdown]:
 
     def show(name: str | None) -> str:
         try:
-            return card_of(server.chosen(name))
+            chosen = server.chosen(name)
+            return card_of(server.engine.source(chosen)).replace(cards.LOCAL, chosen)
         except Exception as error:  # told in the page, and the server lives on
             return server.told(error)
 
@@ -44,4 +45,4 @@ def card_of(name: str) -> str:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ZooError(f"{name} has no card.") from error
-    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).replace(cards.LOCAL, name)
+    return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)

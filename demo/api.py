@@ -23,7 +23,7 @@ def build(server: Server) -> None:
 
     def predict(
         image: str | None, model: str | None, false_alarm_rate: float | None
-    ) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
+    ) -> tuple[dict[str, Any], str, str | None]:
         """Score one image: its figures, the heatmap over it and the mask of its regions.
 
         An empty model is the first one, a rate of 0 the one that the model states.
@@ -37,7 +37,8 @@ def build(server: Server) -> None:
             shown = plots.overlay(
                 look.model.view.shown(look.brought.array), look.prediction.map, look.model.calibration
             )
-            return told, shown, None if mask is None else mask.astype(np.uint8) * 255
+            drawn = None if mask is None else server.picture("mask", mask.astype(np.uint8) * 255)
+            return told, server.picture("heatmap", shown), drawn
         except gr.Error:
             raise
         except Exception as error:

@@ -6,6 +6,8 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
 from weakref import WeakValueDictionary
 
 from zoo import evidence, hub
@@ -85,7 +87,7 @@ class Engine:
     """
 
     def __init__(self, names: Sequence[str] | None = None, device: str = "auto"):
-        self.device, self._names = device_of(device), None if names is None else list(names)
+        self.device, self._sources = device_of(device), None if names is None else _by_name(names)
         self._served: OrderedDict[str, Served] = OrderedDict()
         self._look, self._loading = threading.Lock(), threading.Lock()  # the first is never held for long
         self._is_lent = ON_ZERO_GPU
@@ -101,14 +103,18 @@ class Engine:
 
     def names(self) -> list[str]:
         """The models to choose from; those that can't be read are told by `model`."""
-        return list(hub.list_models()) if self._names is None else list(self._names)
+        return list(hub.list_models()) if self._sources is None else list(self._sources)
+
+    def source(self, name: str) -> str:
+        """What a model is loaded by; visitors see its name alone."""
+        return (self._sources or {}).get(name, name)
 
     def add(self, name: str) -> None:
         """Offer a further model, or one that is another one by now."""
         with self._look:
             self._served.pop(name, None)
-        if self._names is not None and name not in self._names:
-            self._names.append(name)
+        if self._sources is not None:
+            self._sources.setdefault(name, name)
 
     def model(self, name: str) -> AnomalyModule:
         """A model, in eval mode on the device.
@@ -163,9 +169,19 @@ class Engine:
     def _load(self, name: str) -> AnomalyModule:
         if name not in self.names():
             raise ZooError(f"There is no model {name} here; choose one of {', '.join(self.names()) or 'none yet'}.")
-        model = hub.from_pretrained(name)
+        model = hub.from_pretrained(self.source(name))
         if model.view.crop:
             raise ZooError(
                 f"{name} was fitted on cropped images, for parity runs, and can't judge others; choose another."
             )
         return model.to(self.device)
+
+
+def _by_name(sources: Sequence[str]) -> dict[str, str]:
+    """Models by what they are called: a folder by its last part, as nobody needs to know where it is."""
+    named: dict[str, str] = {}
+    for source in sources:
+        plain = Path(source).name if Path(source).is_absolute() else source
+        tried = (f"{plain} ({number})" for number in count(2))
+        named[plain if plain not in named else next(name for name in tried if name not in named)] = source
+    return named

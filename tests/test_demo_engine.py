@@ -1,6 +1,7 @@
 """The demo's models: loaded once, shared by all who ask, and no failure of one is another's."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -111,6 +112,17 @@ def test_names(home):
         named.model("a")
     named.add("a")
     assert named.names() == ["b", "a"] and named.model("a")
+
+
+def test_a_folder_is_called_by_its_last_part(home, tmp_path):
+    """Two of one name are told apart; where they are is nobody's business."""
+    places = [str(home / "models/a"), str(tmp_path / "a")]
+    shutil.copytree(*places)
+    engine = Engine([*places, "b"])
+    assert engine.names() == ["a", "a (2)", "b"] and engine.source("a (2)") == places[1]
+    assert engine.model("a (2)").folder == tmp_path / "a" and engine.model("a") is not engine.model("a (2)")
+    with pytest.raises(ZooError, match="There is no model"):
+        engine.model(places[0])
 
 
 def test_a_model_that_is_damaged_leaves_the_others_alone(home, mvtec):
