@@ -4,6 +4,7 @@ import html
 import secrets
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -94,8 +95,14 @@ def build(server: Server) -> list[gr.Dropdown]:
         server.took(request, *(paths or ()))
 
     files.change(took, files, None, api_visibility="private", queue=False)
-    ended = {"cancels": [running], "api_visibility": "private", "queue": False}
-    stop.click(lambda: [EMPTY, *_buttons(False)], None, [told, start, stop], **ended)
+
+    def clear(seconds: float = 0) -> list:
+        time.sleep(seconds)
+        return [EMPTY, *_buttons(False)]
+
+    quietly = {"api_visibility": "private", "queue": False, "show_progress": "hidden"}
+    stopped = stop.click(clear, None, [told, start, stop], cancels=[running], **quietly)
+    stopped.then(lambda: clear(1), None, [told, start, stop], **quietly)  # once more, as a last word may be on its way
     return [model]
 
 
