@@ -4,7 +4,7 @@ import re
 
 import gradio as gr
 
-from zoo import checkpoint, hub
+from zoo import cards, checkpoint, hub
 from zoo.demo.server import Server
 from zoo.errors import ZooError
 
@@ -25,7 +25,8 @@ def build(server: Server) -> list[gr.Dropdown]:
 
     def show(name: str | None) -> str:
         try:
-            return card_of(server.chosen(name))
+            chosen = server.chosen(name)
+            return card_of(server.engine.source(chosen)).replace(cards.LOCAL, chosen)
         except Exception as error:  # told in the page, and the server lives on
             return server.told(error)
 

@@ -1,12 +1,12 @@
 """The endpoints for programs, by name; `GET /gradio_api/info` describes them."""
 
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 import numpy as np
 
 from zoo import plots
+from zoo.calibration import check_rate
 from zoo.demo.server import Server
 from zoo.demo.viewer import figures, mask_of
 
@@ -22,29 +22,34 @@ def build(server: Server) -> None:
         return sorted(({"name": name, "about": label} for label, name in choices), key=lambda one: one["name"] != first)
 
     def predict(
-        image: str | None, model: str | None, false_alarm_rate: float | None, request: gr.Request
-    ) -> tuple[dict[str, Any], np.ndarray, np.ndarray | None]:
-        """Score one image: its figures, the heatmap over it and the mask of its regions."""
+        image: str | None, model: str | None, false_alarm_rate: float | None
+    ) -> tuple[dict[str, Any], str, str | None]:
+        """Score one image: its figures, the heatmap over it and the mask of its regions.
+
+        An empty model is the first one, a rate of 0 the one that the model states.
+        """
         try:
             if image is None:
                 raise gr.Error("Give an image: a file, by handle_file.", print_exception=False)
+            rate = check_rate(false_alarm_rate) if false_alarm_rate else None
             look = server.look(image, model, with_evidence=False)
-            told = figures(look, false_alarm_rate)
-            mask = mask_of(look, false_alarm_rate)
+            told, mask = figures(look, rate), mask_of(look, rate)
             shown = plots.overlay(
                 look.model.view.shown(look.brought.array), look.prediction.map, look.model.calibration
             )
-            return told, shown, None if mask is None else mask.astype(np.uint8) * 255
+            drawn = None if mask is None else server.picture("mask", mask.astype(np.uint8) * 255)
+            return told, server.picture("heatmap", shown), drawn
         except gr.Error:
             raise
         except Exception as error:
             raise gr.Error(server.told(error), print_exception=False) from error
-        finally:
-            if image is not None:
-                server.uploads.forget([Path(image)])
 
     with gr.Row(visible=False):
-        asked = [gr.File(label="image"), gr.Textbox(label="model", value=""), gr.Number(label="false_alarm_rate")]
+        asked = [
+            gr.File(label="image"),
+            gr.Textbox(label="model", value=""),
+            gr.Number(label="false_alarm_rate", value=0),
+        ]
         answer = [
             gr.JSON(label="result"),
             gr.Image(label="heatmap", format="png"),

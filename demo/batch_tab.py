@@ -23,7 +23,9 @@ def build(server: Server) -> list[gr.Dropdown]:
         with gr.Row(equal_height=False):
             with gr.Column(scale=1, min_width=280):
                 model = gr.Dropdown(label="Model", elem_id="batch-model", interactive=True)
-                files = gr.File(label="Images", file_count="multiple", file_types=KINDS, elem_id="batch-images")
+                files = gr.File(
+                    label="Images", file_count="multiple", file_types=KINDS, elem_id="batch-images", height=240
+                )
                 with gr.Row():
                     start = gr.Button("Inspect all", variant="primary", elem_id="batch-button")
                     stop = gr.Button("Cancel", elem_id="batch-cancel")
@@ -34,7 +36,13 @@ def build(server: Server) -> list[gr.Dropdown]:
                     visible=False, columns=4, show_label=False, elem_id="batch-gallery", format="png", height="auto"
                 )
                 table = gr.Dataframe(
-                    headers=list(COLUMNS), visible=False, interactive=False, wrap=True, elem_id="batch-table"
+                    headers=list(COLUMNS),
+                    datatype=["str", "str", "number", "number", "number"],
+                    column_widths=["28%", "36%", "12%", "12%", "12%"],
+                    visible=False,
+                    interactive=False,
+                    wrap=True,
+                    elem_id="batch-table",
                 )
     outputs = [told, gallery, table, kept]
 

@@ -28,6 +28,9 @@ def build(server: Server) -> list[gr.Dropdown]:
             if path is None:
                 raise ZooError("Choose an image to compare on first.")
             server.took(request, path)
+            if one == other:
+                few = "Fine-tuning makes another one." if len(server.engine.names()) < 2 else ""
+                raise ZooError(f"Choose two different models to compare. {few}".strip())
             return render([server.look(path, name) for name in (one, other)])
         except Exception as error:  # told in the page, and the server lives on
             return server.alert(error)

@@ -6,6 +6,8 @@ from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
 from weakref import WeakValueDictionary
 
 from zoo import evidence, hub
@@ -30,8 +32,9 @@ _models: WeakValueDictionary[int, AnomalyModule] = WeakValueDictionary()  # a le
 class Served:
     """A model that many ask at once: whoever has its turn scores the images that have waited longest."""
 
-    def __init__(self, model: AnomalyModule):
+    def __init__(self, model: AnomalyModule, is_lent: bool = False):
         self.model, self.turn = model, threading.Lock()
+        self._compute = _compute_lent if is_lent else _compute
         _models[id(model)] = model
         self.waiting: deque[tuple[Brought, Future]] = deque()
         self.training = evidence.TrainingImages(model) if keeps_patches(model) else None
@@ -51,7 +54,7 @@ class Served:
         while self.waiting and len(group) < most and self.waiting[0][0].image.shape == shape:
             group.append(self.waiting.popleft())
         try:
-            found = _compute(id(self.model), [image for image, _ in group])
+            found = self._compute(id(self.model), [image for image, _ in group])
         except Exception as error:
             if len(group) > 1:  # it may be of one of them
                 return self._one_by_one(group)
@@ -62,7 +65,7 @@ class Served:
     def _one_by_one(self, group: list[tuple[Brought, Future]]) -> None:
         for image, answer in group:
             try:
-                answer.set_result(_compute(id(self.model), [image])[0])
+                answer.set_result(self._compute(id(self.model), [image])[0])
             except Exception as error:
                 answer.set_exception(error)
 
@@ -71,8 +74,7 @@ def _compute(model: int, images: list[Brought]) -> list[Prediction]:
     return _models[model].predict_brought(images, len(images))
 
 
-if ON_ZERO_GPU:
-    _compute = GPU(duration=SECONDS)(_compute)
+_compute_lent = GPU(duration=SECONDS)(_compute) if ON_ZERO_GPU else _compute
 
 
 class Engine:
@@ -85,23 +87,34 @@ class Engine:
     """
 
     def __init__(self, names: Sequence[str] | None = None, device: str = "auto"):
-        self.device, self._names = device_of(device), None if names is None else list(names)
+        self.device, self._sources = device_of(device), None if names is None else _by_name(names)
         self._served: OrderedDict[str, Served] = OrderedDict()
         self._look, self._loading = threading.Lock(), threading.Lock()  # the first is never held for long
-        if ON_ZERO_GPU:  # its processes know what was there when they began
+        self._is_lent = ON_ZERO_GPU
+        if ON_ZERO_GPU:  # its processes know the models that were there when they began; later ones stay on the CPU
             for name in self.names():
                 self.model(name)
+            self.device, self._is_lent = device_of("cpu"), False
+
+    @property
+    def training_device(self) -> str:
+        """Where models are made: a GPU that is lent is not there for so long."""
+        return "cpu" if ON_ZERO_GPU else str(self.device)
 
     def names(self) -> list[str]:
         """The models to choose from; those that can't be read are told by `model`."""
-        return list(hub.list_models()) if self._names is None else list(self._names)
+        return list(hub.list_models()) if self._sources is None else list(self._sources)
+
+    def source(self, name: str) -> str:
+        """What a model is loaded by; visitors see its name alone."""
+        return (self._sources or {}).get(name, name)
 
     def add(self, name: str) -> None:
         """Offer a further model, or one that is another one by now."""
         with self._look:
             self._served.pop(name, None)
-        if self._names is not None and name not in self._names:
-            self._names.append(name)
+        if self._sources is not None:
+            self._sources.setdefault(name, name)
 
     def model(self, name: str) -> AnomalyModule:
         """A model, in eval mode on the device.
@@ -140,7 +153,7 @@ class Engine:
         with self._loading:
             if served := self._known(name):  # somebody else has loaded it meanwhile
                 return served
-            served = Served(self._load(name))
+            served = Served(self._load(name), self._is_lent)
             with self._look:
                 self._served[name] = served
                 while len(self._served) > KEPT and not ON_ZERO_GPU:
@@ -156,9 +169,19 @@ class Engine:
     def _load(self, name: str) -> AnomalyModule:
         if name not in self.names():
             raise ZooError(f"There is no model {name} here; choose one of {', '.join(self.names()) or 'none yet'}.")
-        model = hub.from_pretrained(name)
+        model = hub.from_pretrained(self.source(name))
         if model.view.crop:
             raise ZooError(
                 f"{name} was fitted on cropped images, for parity runs, and can't judge others; choose another."
             )
         return model.to(self.device)
+
+
+def _by_name(sources: Sequence[str]) -> dict[str, str]:
+    """Models by what they are called: a folder by its last part, as nobody needs to know where it is."""
+    named: dict[str, str] = {}
+    for source in sources:
+        plain = Path(source).name if Path(source).is_absolute() else source
+        tried = (f"{plain} ({number})" for number in count(2))
+        named[plain if plain not in named else next(name for name in tried if name not in named)] = source
+    return named

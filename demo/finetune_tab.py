@@ -13,7 +13,7 @@ from zoo.errors import ZooError
 INTRODUCTION = f"""<div class="lead"><p>Give {LEAST} to {MOST} images that show nothing unusual, of one tool, layer and
 magnification. A copy of the chosen model learns them; the model itself is left as it is.</p>
 <p class="note">{EXPLAINED}</p></div>"""
-EMPTY = '<div class="empty"><p><strong>The new model will be told of here.</strong></p></div>'
+EMPTY = '<div class="empty"><p><strong>Progress, and what the new model promises, appear here.</strong></p></div>'
 OFF = """<div class="empty"><p><strong>Fine-tuning is off on this page.</strong></p><p>It is open to others without a
 password, who would see each other's models. Start your own with <code>zoo demo</code>.</p></div>"""
 
@@ -29,7 +29,11 @@ def build(server: Server) -> tuple[list[gr.Dropdown], gr.events.Dependency | Non
             with gr.Column(scale=1, min_width=280):
                 base = gr.Dropdown(label="Begin with", elem_id="base-model", interactive=True)
                 files = gr.File(
-                    label=f"{LEAST} to {MOST} normal images", file_count="multiple", file_types=KINDS, elem_id="normals"
+                    label=f"{LEAST} to {MOST} normal images",
+                    file_count="multiple",
+                    file_types=KINDS,
+                    elem_id="normals",
+                    height=240,
                 )
                 name = gr.Textbox(
                     label="Name of the new model", placeholder="lot-17", elem_id="new-name", max_length=96
@@ -47,7 +51,7 @@ def build(server: Server) -> tuple[list[gr.Dropdown], gr.events.Dependency | Non
                 raise ZooError(f"Choose {LEAST} to {MOST} normal images first.")
             server.took(request, *paths)
             names = server.engine.names()
-            job = Tuning(paths, server.chosen(parent), wanted, server.settings.device, bases=names)
+            job = Tuning(paths, server.chosen(parent), wanted, server.engine.training_device, bases=names)
             with server.job(request, job):
                 for progress in job.run():
                     yield _card(progress.stage == "done", progress.share, progress.line), *buttons
@@ -71,6 +75,6 @@ def build(server: Server) -> tuple[list[gr.Dropdown], gr.events.Dependency | Non
 
 def _card(is_done: bool, share: float, line: str) -> str:
     if is_done:
-        return f'<div class="done" role="status"><p><strong>Done.</strong> {html.escape(line)}</p></div>'
+        return f'<div class="done" role="status"><p>{html.escape(line)}</p></div>'
     bar = f'<progress max="1" value="{share:.3f}" aria-label="Progress of the fine-tuning"></progress>'
     return f'<div class="waiting" role="status">{bar}<p>{html.escape(line)}</p></div>'

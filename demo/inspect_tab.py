@@ -1,5 +1,7 @@
 """One image: choose or drop it, and see what is unusual in it."""
 
+from typing import Any
+
 import gradio as gr
 
 from zoo.demo.examples import buttons
@@ -30,25 +32,32 @@ def build(server: Server) -> list[gr.Dropdown]:
             examples = gr.HTML(shown, js_on_load=CHOSEN, elem_id="examples")
         with gr.Column(scale=3, min_width=320):
             result = gr.HTML(EMPTY, elem_id="result")
+            looked_at = gr.State()  # a path, or the number of an example; outside of the tab it would count as one
 
-    def inspect(path: str | None, name: str | None, request: gr.Request) -> str:
-        if path is None:
+    def look(what: str | int | None, name: str | None, request: gr.Request) -> str:
+        if what is None:
             return EMPTY
         try:
-            server.took(request, path)
-            return render([server.look(path, name)])
+            if isinstance(what, int):
+                return render([server.look(server.examples[what].path, name)])
+            server.took(request, what)
+            return render([server.look(what, name)])
         except Exception as error:  # told in the page, and the server lives on
             return server.alert(error)
 
-    def show_example(name: str | None, chosen: gr.EventData) -> str:
-        try:
-            return render([server.look(server.examples[chosen.number].path, name)])
-        except Exception as error:
-            return server.alert(error)
+    def inspect(path: str | None, name: str | None, request: gr.Request) -> tuple[str, str | None]:
+        return look(path, name, request), path
+
+    def show_example(name: str | None, chosen: gr.EventData, request: gr.Request) -> tuple[str, int]:
+        return look(chosen.number, name, request), chosen.number
+
+    def look_again(what: str | int | None, name: str | None, request: gr.Request) -> Any:
+        return gr.skip() if what is None else look(what, name, request)
 
     how = {"show_progress": "full", "api_visibility": "private", "concurrency_id": "looks"}
     once = how | {"trigger_mode": "always_last"}
-    gr.on([file.upload, file.clear, model.input], inspect, [file, model], result, **once)
+    gr.on([file.upload, file.clear], inspect, [file, model], [result, looked_at], show_progress_on=result, **once)
+    model.change(look_again, [looked_at, model], result, **once)  # not input: a chooser that is left sends that too
     examples.click(lambda: None, None, file, api_visibility="private", queue=False)
-    examples.click(show_example, model, result, **once)
+    examples.click(show_example, model, [result, looked_at], show_progress_on=result, **once)
     return [model]

@@ -42,6 +42,7 @@ async function begin(result) {
   result.querySelector(".outlines").checked = chosen.outlines;
   settle(result);
   paint(result);
+  if (innerWidth < 760) result.scrollIntoView({ behavior: "smooth", block: "start" });  // it is below, on a phone
 }
 
 /* ---- controls ----------------------------------------------------------------------------------------------------- */

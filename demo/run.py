@@ -7,11 +7,12 @@ from importlib.resources import files
 
 import gradio as gr
 
+from zoo import hub
 from zoo.demo import page
 from zoo.demo.engine import Engine
 from zoo.demo.examples import write_examples
-from zoo.demo.first import FirstModel
-from zoo.demo.server import Server, is_calibrated
+from zoo.demo.first import FirstModels
+from zoo.demo.server import Server
 from zoo.demo.settings import Settings
 from zoo.demo.uploads import MAX_BYTES, Uploads
 from zoo.demo.viewer import colour_tables
@@ -27,16 +28,17 @@ def run(settings: Settings, uploads: Uploads) -> None:
 
 
 def make_server(settings: Settings, uploads: Uploads) -> Server:
-    """The models that are asked for, or all of the local registry; a first one is made where none states a rate."""
+    """The models that are asked for, or all of the local registry; first ones are made where none states a rate."""
     named = [*settings.names, *settings.hub]
     engine = Engine(named or None, settings.device)
     server = Server(settings, engine, uploads, write_examples(uploads.work / "examples"))
     if named:
-        for name in named:
-            engine.model(name)  # what can't be had is told before the page is there
-    elif not any(map(is_calibrated, engine.names())):
-        server.first = FirstModel(engine.add, settings.device, lambda line: print(line, flush=True))
-        print("No model here states a false-alarm rate yet, so a first one is made while the page is already there.")
+        for name in engine.names():
+            hub.find_model(engine.source(name))  # what can't be had is told before the page is there
+        engine.model(engine.names()[0])
+    elif not any(map(server.is_calibrated, engine.names())):
+        server.first = FirstModels(engine.add, engine.training_device, lambda line: print(line, flush=True))
+        print("No model here states a false-alarm rate yet, so first ones are made while the page is already there.")
         server.first.start()
     return server
 

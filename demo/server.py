@@ -1,6 +1,7 @@
 """What all tabs of the page share: the models, the visitors' files, and how an image is looked at."""
 
 import html
+import secrets
 import threading
 import time
 from collections.abc import Iterator
@@ -10,11 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+import numpy as np
+from PIL import Image
 
 from zoo import checkpoint, hub
 from zoo.demo.engine import Engine
 from zoo.demo.examples import Example
-from zoo.demo.first import FirstModel
+from zoo.demo.first import FirstModels
 from zoo.demo.settings import Settings
 from zoo.demo.tuning import Tuning
 from zoo.demo.uploads import Uploads, check, sentence
@@ -28,14 +31,14 @@ class Server:
     """A running demo.
 
     Attributes:
-        first: the first model on its way, or None.
+        first: the first models on their way, or None.
     """
 
     settings: Settings
     engine: Engine
     uploads: Uploads
     examples: list[Example]
-    first: FirstModel | None = None
+    first: FirstModels | None = None
     _files: dict[str, set[Path]] = field(default_factory=dict)  # of each visitor
     _jobs: dict[str, Tuning] = field(default_factory=dict)  # that each visitor waits for
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -72,11 +75,23 @@ class Server:
 
     def preferred(self, names: list[str]) -> str | None:
         """The model that a page begins with: the first one that is calibrated, as its verdicts state a rate."""
-        return next((name for name in names if is_calibrated(name)), names[0] if names else None)
+        return next(filter(self.is_calibrated, names), names[0] if names else None)
 
     def choices(self) -> list[tuple[str, str]]:
         """Label and name of each model."""
-        return [(label(name, config_of(name)), name) for name in self.engine.names()]
+        return [(label(name, self._config(name)), name) for name in self.engine.names()]
+
+    def is_calibrated(self, name: str) -> bool:
+        """Whether a model states a false-alarm rate."""
+        known = (self._config(name) or {}).get("calibration")
+        return bool(known and known["calibrated"])
+
+    def _config(self, name: str) -> dict[str, Any] | None:
+        """What a model's `config.json` says, as far as it is on this machine."""
+        try:
+            return checkpoint.read_config(hub.find_model(self.engine.source(name), local_files_only=True))
+        except ZooError:
+            return None
 
     def told(self, error: BaseException) -> str:
         """What a visitor is told of an error."""
@@ -85,6 +100,13 @@ class Server:
     def alert(self, error: BaseException) -> str:
         """The same as a part of the page."""
         return f'<div class="alert" role="alert"><p>{html.escape(self.told(error))}</p></div>'
+
+    def picture(self, name: str, pixels: np.ndarray) -> str:
+        """A PNG of uint8 pixels for an answer, at a place of its own, where it ages as uploads do."""
+        path = self.uploads.folder / secrets.token_hex(16) / f"{name}.png"
+        path.parent.mkdir()
+        Image.fromarray(pixels).save(path, compress_level=1)  # packed more, it would take as long as the model
+        return str(path)
 
     # ---- visitors' files ---------------------------------------------------------------------------------------------
 
@@ -110,20 +132,6 @@ class Server:
     def left(self, request: gr.Request) -> None:
         """A visitor has closed the page: what runs for it ends, and its files go."""
         self.cancel(request)
-        with self._lock:
-            paths = self._files.pop(request.session_hash or "", set())
+        with self._lock:  # the same file of two visitors lies there once
+            paths = self._files.pop(request.session_hash or "", set()).difference(*self._files.values())
         self.uploads.forget(paths)
-
-
-def config_of(name: str) -> dict[str, Any] | None:
-    """What a model's `config.json` says, as far as it is on this machine."""
-    try:
-        return checkpoint.read_config(hub.find_model(name, local_files_only=True))
-    except ZooError:
-        return None
-
-
-def is_calibrated(name: str) -> bool:
-    """Whether a model states a false-alarm rate."""
-    known = (config_of(name) or {}).get("calibration")
-    return bool(known and known["calibrated"])

@@ -130,7 +130,7 @@ def _result(look: Look) -> dict[str, Any]:
     rates, nm = rates_of(known), prediction.pixel_nm
     level = _level(prediction.map, look.model.calibration)
     height, width = prediction.map.shape
-    about = {"file": look.file, "stem": Path(look.file).stem or "image", "model": look.name, "caveat": ""}
+    about = {"file": look.file, "stem": Path(look.file).stem or "image", "model": look.name}
     about |= {"height": height, "width": width, "map_height": level.shape[0], "map_width": level.shape[1]}
     about |= {"score": f"{prediction.score:.6g}", "seconds": f"{look.seconds:.2f} s", "depth": _depth(brought.array)}
     about |= {"p_value": None if prediction.p_value is None else f"{prediction.p_value:.3g}"}
@@ -145,7 +145,6 @@ def _result(look: Look) -> dict[str, Any]:
         about["all_rates"] = "|".join(map(_percent, rates))
     else:
         about["rates"] = [_at(look, None, True)]
-        about["caveat"] = words.no_rate(look.model, look.seen, look.name)
     return about
 
 
@@ -155,8 +154,9 @@ def _at(look: Look, rate: float | None, is_stated: bool) -> dict[str, Any]:
     prediction = look.prediction if rate is None else look.at_rate(rate)
     kind = {True: "bad", False: "notable" if prediction.regions else "good", None: "open"}[prediction.is_anomalous]
     about = {"stated": is_stated, "kind": kind, "headline": words.headline(prediction), "regions": None, "more": 0}
-    about |= {"rarity": words.rarity(known, prediction.score) if known and known.scores else ""}
-    about |= {"meaning": words.meaning(prediction, known), "outlines": [], "mask": None}
+    states = known is not None and known.calibrated
+    about |= {"rarity": words.rarity(known, prediction.score) if states else "", "outlines": [], "mask": None}
+    about["meaning"] = words.meaning(prediction, known) or words.no_rate(look.model, look.seen, look.name)
     about["json"] = _data("application/json", json.dumps(figures(look, rate), indent=1).encode())
     mask = mask_of(look, rate)
     if mask is not None:

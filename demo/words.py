@@ -5,6 +5,8 @@ from typing import Any
 from zoo.calibration import Calibration
 from zoo.module import AnomalyModule, Prediction
 
+RARE = 0.05  # up to such a share of normal images
+
 
 def rarity(known: Calibration, score: float) -> str:
     """How many normal images score as high."""
@@ -19,6 +21,8 @@ def rarity(known: Calibration, score: float) -> str:
 
 def headline(prediction: Prediction) -> str:
     """The verdict in a word or two."""
+    if prediction.verdict.endswith("(uncalibrated)"):
+        return f"{prediction.verdict.partition(' ')[0].capitalize()}, provisionally"
     if prediction.verdict.startswith("anomalous"):
         return "Anomalous"
     if prediction.regions:
@@ -31,7 +35,8 @@ def meaning(prediction: Prediction, known: Calibration | None) -> str:
     if known is None or not known.calibrated:
         return ""
     rate, many = f"{100 * known.false_alarm_rate:.4g} %", len(prediction.regions or ())
-    places = f"{'one place stands' if many == 1 else f'{many} places stand'} out, which normal images rarely show"
+    places = f"{'one place stands' if many == 1 else f'{many} places stand'} out"
+    places += ", which normal images rarely show" if known.false_alarm_rate <= RARE else ""
     if prediction.is_anomalous and many:
         return f"It is called anomalous at a false-alarm rate of {rate}; {places}."
     if prediction.is_anomalous:
@@ -53,16 +58,16 @@ def no_rate(model: AnomalyModule, size: tuple[int, int], name: str) -> str:
         return f"The model has no threshold, so it gives a score and no verdict. To set one: {remedy}"
     if not known.calibrated:
         return (
-            f"The verdict is provisional: its threshold comes from {len(known.scores):,} held-out normal images and "
-            f"states no false-alarm rate. To state one: {remedy}"
+            f"No rate is stated: the threshold comes from {len(known.scores):,} held-out normal images and "
+            f"promises nothing. To state a rate: {remedy}"
         )
     if known.precision == model.precision:
         sizes = ", ".join(f"{width} × {height}" for height, width in known.sizes)
         return (
-            f"The verdict is provisional: the model was calibrated on images of {sizes} pixels, and this one has "
-            f"{size[1]} × {size[0]}."
+            f"No rate holds: the model was calibrated on images of {sizes} pixels, and this one has {size[1]} × "
+            f"{size[0]}."
         )
-    return f"The verdict is provisional: the model was calibrated in {known.precision}, not in {model.precision}."
+    return f"No rate holds: the model was calibrated in {known.precision}, not in {model.precision}."
 
 
 def label(name: str, config: dict[str, Any] | None) -> str:

@@ -1,5 +1,9 @@
 """The demo's models: loaded once, shared by all who ask, and no failure of one is another's."""
 
+import os
+import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -43,8 +47,9 @@ def test_many_at_once_get_what_each_would_get_alone(mvtec, monkeypatch):
     brought = [model.bring(file) for file in files]
     brought += [model.bring(np.asarray(Image.open(file))[:80, :72].copy()) for file in files]
     alone = [model.predict_brought([image], 1)[0] for image in brought]
-    sizes, compute = [], engines._compute
-    monkeypatch.setattr(engines, "_compute", lambda model, group: sizes.append(len(group)) or compute(model, group))
+    sizes, served = [], engine._get("a")
+    compute = served._compute
+    served._compute = lambda model, group: sizes.append(len(group)) or compute(model, group)
     with ThreadPoolExecutor(24) as pool, engine.alone("a"):  # all of them wait for one turn
         asked = [pool.submit(engine.predict, "a", [image]) for image in brought]
         while len(engine._get("a").waiting) < len(brought):
@@ -109,6 +114,17 @@ def test_names(home):
     assert named.names() == ["b", "a"] and named.model("a")
 
 
+def test_a_folder_is_called_by_its_last_part(home, tmp_path):
+    """Two of one name are told apart; where they are is nobody's business."""
+    places = [str(home / "models/a"), str(tmp_path / "a")]
+    shutil.copytree(*places)
+    engine = Engine([*places, "b"])
+    assert engine.names() == ["a", "a (2)", "b"] and engine.source("a (2)") == places[1]
+    assert engine.model("a (2)").folder == tmp_path / "a" and engine.model("a") is not engine.model("a (2)")
+    with pytest.raises(ZooError, match="There is no model"):
+        engine.model(places[0])
+
+
 def test_a_model_that_is_damaged_leaves_the_others_alone(home, mvtec):
     damaged = home / "models/damaged"
     damaged.mkdir()
@@ -129,3 +145,46 @@ def test_a_model_that_is_another_one_by_now_is_loaded_anew(mvtec):
     first = engine.model("a")
     engine.add("a")
     assert engine.model("a") is not first
+
+
+ZERO = """
+import pickle, sys
+import numpy as np
+from zoo.demo import engine as engines
+from zoo.demo.engine import Engine
+
+engine = Engine(["a"])
+model = engine.model("a")
+image = model.bring(np.zeros((64, 64), np.uint8))
+alone = model.predict_brought([image])[0].score
+import spaces
+assert spaces.calls == []
+assert engine.predict("a", [image])[0].score == alone and spaces.calls == [1]
+engine.add("b")  # made later: the lent process doesn't know it
+engine.predict("b", [engine.model("b").bring(np.zeros((64, 64), np.uint8))])
+assert spaces.calls == [1] and engine.training_device == "cpu"
+"""
+
+SPACES = """
+import pickle
+
+calls = []
+
+
+def GPU(duration):
+    def lent(function):
+        def call(*arguments):
+            calls.append(1)
+            return pickle.loads(pickle.dumps(function(*pickle.loads(pickle.dumps(arguments)))))
+        return call
+    return lent
+"""
+
+
+def test_on_zero_gpu_a_call_is_lent_the_gpu(home, tmp_path):
+    """By a stand-in for the `spaces` package, whose calls go to another process and so by pickle, as there."""
+    (tmp_path / "spaces.py").write_text(SPACES)
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"ZOO_HOME": str(home), "SPACES_ZERO_GPU": "1", "PYTHONPATH": path}
+    done = subprocess.run([sys.executable, "-c", ZERO], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

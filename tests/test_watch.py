@@ -164,7 +164,9 @@ def test_pictures_and_columns_are_those_of_zoo_predict(place, tmp_path, model, c
         expected = json.loads((other / "predictions.json").read_text())["images"]
         assert [{key: row[key] for key in expected[0]} for row in lines(mine)] == expected
     one, all_ = ([row["score"] for row in lines(tmp_path / name)] for name in ("mine0", "mine2"))
-    assert one[0] == all_[0] == zoo.from_pretrained(model).predict(place / "lot/0.tif", ignore=mask > 0).score
+    files, loaded = [place / f"lot/{i}.tif" for i in range(3)], zoo.from_pretrained(model)  # as a batch: bit for bit
+    assert one == [found.score for found in loaded.predict(files, ignore=[mask > 0, None, None])]
+    assert all_ == [found.score for found in loaded.predict(files, ignore=mask > 0)]
     assert one[1:] != all_[1:] and capsys.readouterr().out.count("1.tif has no ignore mask") == 1
     assert once(place, tmp_path / "other0", model) == 2  # lists of zoo predict
 

@@ -11,6 +11,7 @@ import contextlib
 import io
 import logging
 import os
+import struct
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -300,8 +301,9 @@ def _open(file: BinaryIO, where: str) -> PIL.Image.Image:
 
 
 def _fail_damaged(where: str, error: Exception) -> NoReturn:
-    reason = " ".join(str(error).split())[:120] or type(error).__name__
-    raise ZooError(f"{where} is damaged or truncated ({reason}); copy it again or remove it") from error
+    reason = "" if isinstance(error, struct.error) else " ".join(str(error).split())[:120]  # which speaks to programs
+    why = f" ({reason})" if reason else ""
+    raise ZooError(f"{where} is damaged or truncated{why}; copy it again or remove it") from error
 
 
 def _is_deep_colour_png(header: bytes) -> bool:
