@@ -6,9 +6,9 @@ import gradio as gr
 import numpy as np
 
 from zoo import plots
-from zoo.calibration import check_rate
 from zoo.demo.server import Server
-from zoo.demo.viewer import figures, mask_of
+from zoo.demo.viewer import figures
+from zoo.errors import ZooError
 
 
 def build(server: Server) -> None:
@@ -31,18 +31,18 @@ def build(server: Server) -> None:
         try:
             if image is None:
                 raise gr.Error("Give an image: a file, by handle_file.", print_exception=False)
-            rate = check_rate(false_alarm_rate) if false_alarm_rate else None
             look = server.look(image, model, with_evidence=False)
-            told, mask = figures(look, rate), mask_of(look, rate)
-            shown = plots.overlay(
-                look.model.view.shown(look.brought.array), look.prediction.map, look.model.calibration
-            )
+            answer = look.at(_rate(false_alarm_rate))
+            known = look.model.calibration
+            shown = plots.overlay(look.model.view.shown(look.brought.array), look.prediction.map, known)
+            mask = answer.mask
             drawn = None if mask is None else server.picture("mask", mask.astype(np.uint8) * 255)
-            return told, server.picture("heatmap", shown), drawn
+            return figures(look, answer), server.picture("heatmap", shown), drawn
         except gr.Error:
             raise
         except Exception as error:
-            raise gr.Error(server.told(error), print_exception=False) from error
+            told = server.told(error).replace("--false-alarm-rate", "false_alarm_rate")
+            raise gr.Error(told, print_exception=False) from error
 
     with gr.Row(visible=False):
         asked = [
@@ -57,3 +57,14 @@ def build(server: Server) -> None:
         ]
         gr.Button("predict").click(predict, asked, answer, api_name="predict", concurrency_id="looks")
     gr.api(models, api_name="models", queue=False)
+
+
+def _rate(value: float | None) -> float | None:
+    """A rate as it was asked for; None: the stated one.
+
+    Raises:
+        ZooError: it is none.
+    """
+    if value and not 0 < value < 1:
+        raise ZooError(f"false_alarm_rate is a share between 0 and 1, such as 0.01 for 1 %, not {value:g}.")
+    return value or None

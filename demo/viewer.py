@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
@@ -20,6 +20,7 @@ from PIL import Image
 from zoo import plots
 from zoo.calibration import Calibration, supported_rate
 from zoo.demo import words
+from zoo.errors import ZooError
 from zoo.evidence import Pair
 from zoo.markup import cropped, outline, picture, region_words
 from zoo.module import AnomalyModule, Brought, Prediction, judge
@@ -28,6 +29,7 @@ COLOURS = ("inferno", "viridis", "cividis", "magma")  # perceptually uniform, an
 RATES = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2)  # to choose from, as far as the normals support them
 SIDE = 1024  # pixels of a picture in the page, at most
 REGIONS = 20  # outlined and listed
+MANY = 200  # regions, beyond which a rate says nothing of an image and is not offered
 
 
 @dataclass
@@ -60,11 +62,27 @@ class Look:
         """The thresholds, as far as they hold for this image."""
         return self.model.thresholds(self.seen)
 
-    def at_rate(self, rate: float) -> Prediction:
-        """What the same score and map say at another rate, without a further look at the image."""
-        prediction = self.prediction
-        found = judge(prediction.score, prediction.map, self.known.at_rate(rate), self.brought.looked_at())
-        return found._replace(pixel_nm=prediction.pixel_nm)
+    def at(self, rate: float | None = None) -> "Answer":
+        """What the score and the map say at a rate, or the stated one, without a further look at the image.
+
+        Raises:
+            ZooError: a rate where none holds, or that the model's normals don't support.
+        """
+        known, prediction, seen = self.known, self.prediction, self.brought.looked_at()
+        if rate is not None:
+            if known is None or not known.calibrated:
+                raise ZooError(words.no_rate(self.model, self.seen, self.name))
+            known = known.at_rate(rate)
+            prediction = judge(prediction.score, prediction.map, known, seen)._replace(pixel_nm=prediction.pixel_nm)
+        return Answer(prediction, known, None if known is None else plots.mask(prediction.map, known) & seen)
+
+
+class Answer(NamedTuple):
+    """A verdict at a rate: the prediction, the thresholds, and the pixels of its regions (H, W); None without any."""
+
+    prediction: Prediction
+    known: Calibration | None
+    mask: np.ndarray | None
 
 
 def places(look: Look, most: int = 3) -> list[tuple[int, int]]:
@@ -82,33 +100,18 @@ def rates_of(known: Calibration | None) -> list[float]:
     return sorted({rate for rate in RATES if rate >= least} | {known.false_alarm_rate})
 
 
-def figures(look: Look, rate: float | None = None) -> dict[str, Any]:
-    """The result as plain JSON values, at a false-alarm rate or the stated one.
-
-    Raises:
-        ZooError: a rate that the model's normals don't support.
-    """
-    known, prediction = look.known, look.prediction
-    if rate is not None and known is not None and known.calibrated:
-        known, prediction = known.at_rate(rate), look.at_rate(rate)
-    regions = prediction.regions
+def figures(look: Look, answer: Answer) -> dict[str, Any]:
+    """An answer as plain JSON values; thresholds that state no rate are there, the rate is not."""
+    prediction, known = answer.prediction, answer.known
+    regions, states = prediction.regions, known is not None and known.calibrated
     about = {"image": look.file, "model": look.name, "method": look.model.method, "score": prediction.score}
     about |= {"p_value": prediction.p_value, "is_anomalous": prediction.is_anomalous, "verdict": prediction.verdict}
-    about |= {"in_words": _in_words(look, prediction, known), "size": list(prediction.map.shape)}
-    about |= {"pixel_nm": prediction.pixel_nm, "false_alarm_rate": known.false_alarm_rate if known else None}
+    about |= {"in_words": _in_words(look, answer), "size": list(prediction.map.shape)}
+    about |= {"pixel_nm": prediction.pixel_nm, "false_alarm_rate": known.false_alarm_rate if states else None}
     about |= {"image_threshold": known.image_threshold if known else None}
     about |= {"pixel_threshold": known.pixel_threshold if known else None}
     about |= {"regions": None if regions is None else [one.described(prediction.pixel_nm) for one in regions]}
     return about
-
-
-def mask_of(look: Look, rate: float | None = None) -> np.ndarray | None:
-    """Pixels of regions at a rate or the stated one, bool (H, W); None without a threshold."""
-    known = look.known
-    if known is None:
-        return None
-    known = known.at_rate(rate) if rate is not None and known.calibrated else known
-    return plots.mask(look.prediction.map, known) & look.brought.looked_at()
 
 
 def render(looks: list[Look]) -> str:
@@ -137,30 +140,27 @@ def _result(look: Look) -> dict[str, Any]:
     about |= {"pixel": None if nm is None else f"{nm:.4g} nm"}
     about |= {"image": picture(plots.grey8(look.model.view.shown(brought.array)), SIDE), "level": _png(level)}
     about["scale"] = _scale(look.model.calibration)
-    about["pairs"] = [_pair(look, number, pair) for number, pair in enumerate(look.pairs or [], start=1)]
-    if rates:
-        index = rates.index(known.false_alarm_rate)
-        about["rates"] = [_at(look, rate, rate == known.false_alarm_rate) for rate in rates]
-        about |= {"rate_index": index, "rate_words": _percent(rates[index])}
-        about["all_rates"] = "|".join(map(_percent, rates))
-    else:
-        about["rates"] = [_at(look, None, True)]
+    about["pairs"] = [_pair(*both) for both in zip(look.pairs, places(look), strict=True)] if look.pairs else []
+    answers = [(rate, look.at(rate)) for rate in rates] or [(None, look.at())]
+    stated = known.false_alarm_rate if rates else None
+    answers = [(rate, one) for rate, one in answers if rate == stated or len(one.prediction.regions) <= MANY]
+    about["rates"] = [_shown(look, answer, rate == stated) for rate, answer in answers]
+    offered = [rate for rate, _ in answers]
+    about |= {"rate_index": offered.index(stated), "rate_words": _percent(stated)}
+    about["all_rates"] = "|".join(map(_percent, offered))
     return about
 
 
-def _at(look: Look, rate: float | None, is_stated: bool) -> dict[str, Any]:
+def _shown(look: Look, answer: Answer, is_stated: bool) -> dict[str, Any]:
     """What changes with the false-alarm rate."""
-    known = look.known if rate is None else look.known.at_rate(rate)
-    prediction = look.prediction if rate is None else look.at_rate(rate)
+    prediction, known, mask = answer
     kind = {True: "bad", False: "notable" if prediction.regions else "good", None: "open"}[prediction.is_anomalous]
     about = {"stated": is_stated, "kind": kind, "headline": words.headline(prediction), "regions": None, "more": 0}
     states = known is not None and known.calibrated
-    about |= {"rarity": words.rarity(known, prediction.score) if states else "", "outlines": [], "mask": None}
+    about |= {"rarity": words.rarity(known, prediction.score) if states else "", "outlines": []}
     about["meaning"] = words.meaning(prediction, known) or words.no_rate(look.model, look.seen, look.name)
-    about["json"] = _data("application/json", json.dumps(figures(look, rate), indent=1).encode())
-    mask = mask_of(look, rate)
-    if mask is not None:
-        about["mask"] = _png(mask)
+    about["json"] = _data("application/json", json.dumps(figures(look, answer), indent=1).encode())
+    about["mask"] = None if mask is None else _png(mask)
     if prediction.regions is not None:
         regions = [region.described(prediction.pixel_nm) for region in prediction.regions]
         shown = list(enumerate(regions[:REGIONS], start=1))
@@ -171,15 +171,16 @@ def _at(look: Look, rate: float | None, is_stated: bool) -> dict[str, Any]:
     return about
 
 
-def _in_words(look: Look, prediction: Prediction, known: Calibration | None) -> str:
+def _in_words(look: Look, answer: Answer) -> str:
+    prediction, known, _ = answer
     if known is None or not known.calibrated:
         return words.no_rate(look.model, look.seen, look.name)
     return f"{words.rarity(known, prediction.score)} {words.meaning(prediction, known)}"
 
 
-def _pair(look: Look, number: int, pair: Pair) -> dict[str, Any]:
-    where = f"Region {number}" if look.prediction.regions else "Highest place of the map"
-    about = {"where": where, "distance": f"{pair.distance:.4g}", "found": cropped(pair.found)}
+def _pair(pair: Pair, place: tuple[int, int]) -> dict[str, Any]:
+    row, column = place
+    about = {"where": f"At x {column}, y {row}", "distance": f"{pair.distance:.4g}", "found": cropped(pair.found)}
     return about | {"normal": pair.normal and cropped(pair.normal)}
 
 
@@ -204,8 +205,8 @@ def _depth(array: np.ndarray) -> str:
     return f"{bits}, colour" if array.ndim == 3 else bits
 
 
-def _percent(rate: float) -> str:
-    return f"{100 * rate:.3g} %"
+def _percent(rate: float | None) -> str:
+    return "" if rate is None else f"{100 * rate:.3g} %"
 
 
 def _png(pixels: np.ndarray) -> str:

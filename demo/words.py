@@ -9,13 +9,12 @@ RARE = 0.05  # up to such a share of normal images
 
 
 def rarity(known: Calibration, score: float) -> str:
-    """How many normal images score as high."""
-    n = len(known.scores)
-    above = round(known.p_value(score) * (n + 1)) - 1
+    """How many of the normal images that it was calibrated on score as high."""
+    n, above = len(known.scores), known.above(score)
     if not above:
-        return f"Fewer than 1 in {n + 1:,} normal images scores this high."
-    if 2 * above > n:
-        return f"Most normal images score this high ({above:,} of {n:,})."
+        return f"None of {n:,} normal images scores this high."
+    if 3 * above > n:
+        return f"{'Most' if 2 * above > n else 'Many'} normal images score this high ({above:,} of {n:,})."
     return f"About 1 in {n / above:,.0f} normal images scores this high ({above:,} of {n:,})."
 
 
@@ -34,16 +33,15 @@ def meaning(prediction: Prediction, known: Calibration | None) -> str:
     """What follows from it, at a stated rate."""
     if known is None or not known.calibrated:
         return ""
-    rate, many = f"{100 * known.false_alarm_rate:.4g} %", len(prediction.regions or ())
+    rate, many = known.false_alarm_rate, len(prediction.regions or ())
+    side, other = ("above", "though") if prediction.is_anomalous else ("below", "and")
+    text = f"The score is {side} the threshold that at most {100 * rate:.4g} % of normal images reach"
+    text += f" ({100 * known.confidence:.4g} % confidence)"
+    if not many:
+        return f"{text}, {other} no single place stands out."
     places = f"{'one place stands' if many == 1 else f'{many} places stand'} out"
-    places += ", which normal images rarely show" if known.false_alarm_rate <= RARE else ""
-    if prediction.is_anomalous and many:
-        return f"It is called anomalous at a false-alarm rate of {rate}; {places}."
-    if prediction.is_anomalous:
-        return f"It is called anomalous at a false-alarm rate of {rate}, though no single place stands out."
-    if many:
-        return f"Its score is usual at a false-alarm rate of {rate}, but {places}."
-    return f"Nothing in it is unusual at a false-alarm rate of {rate}."
+    places += ", which normal images rarely show" if rate <= RARE else ""
+    return f"{text}; {'' if prediction.is_anomalous else 'but '}{places}."
 
 
 def regions(count: int) -> str:

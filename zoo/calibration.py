@@ -75,9 +75,13 @@ class Calibration:
         if self.calibrated and (self.false_alarm_rate is None or not 0 < len(self.scores) == len(self.levels)):
             raise ValueError("a calibration has a rate, and a level for each score")
 
+    def above(self, score: float) -> int:
+        """How many of the normals score at least as high."""
+        return _at_least(self.scores, score)
+
     def p_value(self, score: float) -> float:
         """(1 + number of normals that score at least as high) / (n + 1), in (0, 1]."""
-        return (1 + _at_least(self.scores, score)) / (len(self.scores) + 1)
+        return (1 + self.above(score)) / (len(self.scores) + 1)
 
     def region_p_value(self, level: float) -> float:
         """The same of a region, by the normals that have any region of such a level: it allows for looking anywhere."""
@@ -85,7 +89,7 @@ class Calibration:
 
     def in_words(self, score: float) -> str:
         """How many normals score at least as high; where none does, what n of them can tell."""
-        n, above = len(self.scores), _at_least(self.scores, score)
+        n, above = len(self.scores), self.above(score)
         return f"{f'{above:,} of {n:,}' if above else f'fewer than 1 in {n + 1:,}'} normal images score as high"
 
     def promise(self) -> str:

@@ -62,7 +62,9 @@ def save(shot: bytes, path: Path) -> int:
     image = Image.open(io.BytesIO(shot)).convert("RGB")
     for colours in (256, 192, 128, 96, 64):
         file = io.BytesIO()
-        image.quantize(colours, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE).save(file, "png", optimize=True)
+        image.quantize(colours, Image.Quantize.MEDIANCUT, kmeans=3, dither=Image.Dither.NONE).save(
+            file, "png", optimize=True
+        )
         if file.tell() <= MOST:
             temporary = path.with_name(f".{path.name}")
             temporary.write_bytes(file.getvalue())
