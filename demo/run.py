@@ -8,7 +8,7 @@ from importlib.resources import files
 import gradio as gr
 
 from zoo import hub
-from zoo.demo import page
+from zoo.demo import page, strangers
 from zoo.demo.engine import Engine
 from zoo.demo.examples import write_examples
 from zoo.demo.first import FirstModels
@@ -46,6 +46,7 @@ def make_server(settings: Settings, uploads: Uploads) -> Server:
 def launch(blocks: gr.Blocks, settings: Settings, uploads: Uploads) -> None:
     """Serve until an interrupt."""
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    strangers.shut()
     script = f"<script>const COLOURS = {json.dumps(colour_tables())};\n{page.text_of('page.js')}</script>"
     try:
         _, url, _ = blocks.launch(
