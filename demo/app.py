@@ -29,9 +29,11 @@ def serve(settings: Settings) -> None:
             from zoo.demo.run import run
 
             run(settings, uploads)
-    finally:
+    except KeyboardInterrupt:
         if any(thread.name == FIRST and thread.is_alive() for thread in threading.enumerate()):
+            print("zoo: stopped.", file=sys.stderr, flush=True)
             os._exit(130)  # in the middle of its work torch aborts an interpreter that ends
+        raise
 
 
 if __name__ == "__main__":

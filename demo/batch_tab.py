@@ -1,13 +1,16 @@
 """Many images at once: the most suspicious first, with a table and files to keep."""
 
 import html
+import secrets
+import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
 
-from zoo.demo.batch import MOST, inspect_batch
+from zoo.demo.batch import MOST, Result, inspect_batch
 from zoo.demo.inspect_tab import KINDS
 from zoo.demo.server import Server
 from zoo.errors import ZooError
@@ -28,8 +31,13 @@ def build(server: Server) -> list[gr.Dropdown]:
                 )
                 with gr.Row():
                     start = gr.Button("Inspect all", variant="primary", elem_id="batch-button")
-                    stop = gr.Button("Cancel", elem_id="batch-cancel")
-                kept = gr.File(label="Report (HTML), table (CSV), all (ZIP)", visible=False, elem_id="batch-files")
+                    stop = gr.Button("Cancel", elem_id="batch-cancel", interactive=False)
+                kept = gr.File(
+                    label="Report (HTML), table (CSV), all (ZIP)",
+                    visible=False,
+                    interactive=False,
+                    elem_id="batch-files",
+                )
             with gr.Column(scale=3, min_width=320):
                 told = gr.HTML(EMPTY, elem_id="batch-told")
                 gallery = gr.Gallery(
@@ -44,10 +52,11 @@ def build(server: Server) -> list[gr.Dropdown]:
                     wrap=True,
                     elem_id="batch-table",
                 )
-    outputs = [told, gallery, table, kept]
+    outputs = [told, gallery, table, kept, start, stop]
 
     def inspect_all(paths: list[str] | None, name: str | None, request: gr.Request) -> Iterator[list]:
         hidden = [gr.Gallery(visible=False), gr.Dataframe(visible=False), gr.File(visible=False)]
+        busy, idle = _buttons(True), _buttons(False)
         try:
             if not paths:
                 raise ZooError("Choose images first.")
@@ -55,29 +64,53 @@ def build(server: Server) -> list[gr.Dropdown]:
             with tempfile.TemporaryDirectory(dir=server.uploads.work) as out:
                 for found in inspect_batch(server.engine, server.chosen(name), list(map(Path, paths)), Path(out)):
                     if isinstance(found, tuple):
-                        yield [_progress(*found), *hidden]
+                        yield [_progress(*found), *hidden, *busy]
                         continue
                     lines = "".join(f"<p>{html.escape(line)}</p>" for line in found.lines)
+                    found = _placed(found, server.uploads.folder / secrets.token_hex(16))
+                    server.took(request, *found.files.values(), *(path for path, _ in found.thumbnails))
                     yield [
                         f'<div class="done" role="status">{lines}</div>',
                         gr.Gallery(found.thumbnails, visible=True),
                         gr.Dataframe([_cells(row) for row in found.rows], visible=True),
                         gr.File([str(found.files[kind]) for kind in ("html", "csv", "zip")], visible=True),
+                        *idle,
                     ]
         except Exception as error:  # told in the page, and the server lives on
-            yield [server.alert(error), *hidden]
+            yield [server.alert(error), *hidden, *idle]
 
     running = start.click(
         inspect_all,
         [files, model],
         outputs,
-        show_progress="hidden",
+        show_progress="full",
+        show_progress_on=told,
         api_visibility="private",
         concurrency_limit=2,
         concurrency_id="batches",
     )
-    stop.click(lambda: EMPTY, None, told, cancels=[running], api_visibility="private", queue=False)
+
+    def took(paths: list[str] | None, request: gr.Request) -> None:
+        server.took(request, *(paths or ()))
+
+    files.change(took, files, None, api_visibility="private", queue=False)
+    ended = {"cancels": [running], "api_visibility": "private", "queue": False}
+    stop.click(lambda: [EMPTY, *_buttons(False)], None, [told, start, stop], **ended)
     return [model]
+
+
+def _buttons(is_busy: bool) -> list[gr.Button]:
+    """That which starts and that which cancels."""
+    return [gr.Button(interactive=not is_busy), gr.Button(interactive=is_busy)]
+
+
+def _placed(found: Result, folder: Path) -> Result:
+    """The result with what the page shows in a folder of its own, from which it is served; heatmaps are in the ZIP."""
+    folder.mkdir()
+    files = {kind: Path(shutil.move(path, folder / path.name)) for kind, path in found.files.items()}
+    numbered = ((folder / f"{number}.jpg", *one) for number, one in enumerate(found.thumbnails))
+    thumbnails = [(Path(shutil.move(path, place)), caption) for place, path, caption in numbered]
+    return replace(found, files=files, thumbnails=thumbnails)
 
 
 def _progress(share: float, words: str) -> str:

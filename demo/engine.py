@@ -34,7 +34,7 @@ class Served:
 
     def __init__(self, model: AnomalyModule, is_lent: bool = False):
         self.model, self.turn = model, threading.Lock()
-        self._compute = _compute_lent if is_lent else _compute
+        self.is_lent, self._compute = is_lent, _compute_lent if is_lent else _compute
         _models[id(model)] = model
         self.waiting: deque[tuple[Brought, Future]] = deque()
         self.training = evidence.TrainingImages(model) if keeps_patches(model) else None
@@ -88,6 +88,7 @@ class Engine:
 
     def __init__(self, names: Sequence[str] | None = None, device: str = "auto"):
         self.device, self._sources = device_of(device), None if names is None else _by_name(names)
+        self.failed: set[str] = set()  # models that could not be loaded
         self._served: OrderedDict[str, Served] = OrderedDict()
         self._look, self._loading = threading.Lock(), threading.Lock()  # the first is never held for long
         self._is_lent = ON_ZERO_GPU
@@ -113,6 +114,7 @@ class Engine:
         """Offer a further model, or one that is another one by now."""
         with self._look:
             self._served.pop(name, None)
+        self.failed.discard(name)
         if self._sources is not None:
             self._sources.setdefault(name, name)
 
@@ -135,7 +137,7 @@ class Engine:
     def evidence(self, name: str, image: Brought, places: Sequence[tuple[int, int]]) -> list[evidence.Pair] | None:
         """The nearest normal patches to places (row, column) in an image; None of a model that has none to show."""
         served = self._get(name)
-        if served.training is None:
+        if served.training is None or served.is_lent:  # what comes from the hub has no images to show
             return None
         with served.turn:
             return evidence.pairs(served.model, served.training, image, places)
@@ -160,6 +162,11 @@ class Engine:
                     self._served.popitem(last=False)
             return served
 
+    def drop(self, name: str) -> None:
+        """Offer a named model no longer."""
+        if self._sources is not None:
+            self._sources.pop(name, None)
+
     def _known(self, name: str) -> Served | None:
         with self._look:
             if name in self._served:
@@ -169,7 +176,11 @@ class Engine:
     def _load(self, name: str) -> AnomalyModule:
         if name not in self.names():
             raise ZooError(f"There is no model {name} here; choose one of {', '.join(self.names()) or 'none yet'}.")
-        model = hub.from_pretrained(self.source(name))
+        try:
+            model = hub.from_pretrained(self.source(name))
+        except ZooError as error:
+            self.failed.add(name)
+            raise ZooError(f"The model {name} can't be loaded: {error}") from error
         if model.view.crop:
             raise ZooError(
                 f"{name} was fitted on cropped images, for parity runs, and can't judge others; choose another."

@@ -7,11 +7,13 @@ import gradio as gr
 
 from zoo.demo.inspect_tab import KINDS
 from zoo.demo.server import Server
-from zoo.demo.tuning import EXPLAINED, LEAST, MOST, Tuning
+from zoo.demo.tuning import EXPLAINED, LEAST, MOST, Tuning, offer
 from zoo.errors import ZooError
 
+WAITING = 8  # visitors at a time; one works, the others are told that they wait
 INTRODUCTION = f"""<div class="lead"><p>Give {LEAST} to {MOST} images that show nothing unusual, of one tool, layer and
-magnification. A copy of the chosen model learns them; the model itself is left as it is.</p>
+magnification. A copy of the chosen model learns them; the model itself is left as it is. Who sees
+this page can choose the new one too; it goes nowhere else.</p>
 <p class="note">{EXPLAINED}</p></div>"""
 EMPTY = '<div class="empty"><p><strong>Progress, and what the new model promises, appear here.</strong></p></div>'
 OFF = """<div class="empty"><p><strong>Fine-tuning is off on this page.</strong></p><p>It is open to others without a
@@ -44,6 +46,13 @@ def build(server: Server) -> tuple[list[gr.Dropdown], gr.events.Dependency | Non
             with gr.Column(scale=2, min_width=320):
                 outcome = gr.HTML(EMPTY, elem_id="finetuned")
 
+    def took(paths: list[str] | None, request: gr.Request) -> str:
+        """What so many images give."""
+        server.took(request, *(paths or ()))
+        if not paths or not LEAST <= len(paths) <= MOST:
+            return EMPTY
+        return f'<div class="empty"><p><strong>{html.escape(offer(len(paths)))}</strong></p></div>'
+
     def tune(paths: list[str] | None, parent: str | None, wanted: str, request: gr.Request) -> Iterator[tuple]:
         buttons = gr.Button(interactive=False), gr.Button(interactive=True)
         try:
@@ -66,9 +75,10 @@ def build(server: Server) -> tuple[list[gr.Dropdown], gr.events.Dependency | Non
         [outcome, start, stop],
         show_progress="hidden",
         api_visibility="private",
-        concurrency_limit=1,
+        concurrency_limit=WAITING,
         concurrency_id="finetune",
     )
+    files.change(took, files, outcome, show_progress="hidden", api_visibility="private", queue=False)
     stop.click(server.cancel, None, None, api_visibility="private", queue=False)
     return [base], done
 

@@ -4,7 +4,9 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +20,7 @@ LEARNED, SCORED = 140, 299  # normal images: so many that learning takes seconds
 DATA = f"synthetic:train={LEARNED},good=1,defect=1"
 NORMALS = f"synthetic:train=1,good={SCORED},defect=1,seed=1"
 RATE = 0.01
+PREFIX = ".first-"  # of folders in the registry where they are made
 
 
 class Step(NamedTuple):
@@ -53,7 +56,6 @@ PLANS = (
         Step("Measuring its threshold", 10),
     ),
 )
-STEPS = [step for plan in PLANS for step in (plan.learning, plan.measuring)]
 
 
 class FirstModels(threading.Thread):
@@ -66,48 +68,70 @@ class FirstModels(threading.Thread):
     Args:
         ready: called with each model's name once it is kept.
         say: told a line.
+        plans: what is to be made; None: `PLANS`.
     """
 
-    def __init__(self, ready: Callable[[str], None], device: str = "auto", say: Callable[[str], None] = print):
+    def __init__(
+        self,
+        ready: Callable[[str], None],
+        device: str = "auto",
+        say: Callable[[str], None] = print,
+        plans: Sequence[Plan] | None = None,
+    ):
         super().__init__(name=FIRST, daemon=True)
         self.made: list[str] = []
         self.error: Exception | None = None
-        self._ready, self._device, self._say = ready, device, say
+        self._ready, self._device, self._say, self._plans = ready, device, say, PLANS if plans is None else plans
+        self._steps = [step for plan in self._plans for step in (plan.learning, plan.measuring)]
         self._step, self._begun = -1, time.monotonic()
 
     def run(self) -> None:
         try:
-            for plan in PLANS:
+            for plan in self._plans:
                 self._make(plan)
         except Exception as error:  # the page tells it, and the server lives on
             self.error = error
             self._say(f"The first models could not be made: {error}")
 
     def _make(self, plan: Plan) -> None:
-        run, place = RunOptions(device=self._device), hub.model_place(plan.name)
+        run, place = RunOptions(device=self._device), _free_place(plan.name)
         place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".first-", dir=place.parent) as home:  # nobody sees it half made
+        _remove_leftovers(place.parent)
+        with tempfile.TemporaryDirectory(prefix=PREFIX, dir=place.parent) as home:  # nobody sees it half made
             self._enter(plan.learning)
             how = {"data_options": {"hold_out": 0}, "run": run, "home": Path(home)}
-            model, _ = fit(plan.method, DATA, plan.name, "lite", plan.arguments, **how)
+            model, _ = fit(plan.method, DATA, place.name, "lite", plan.arguments, **how)
             self._enter(plan.measuring)
             about, normals = calibrate(model, NORMALS, RATE, folder=model.folder, run=run)
             store_calibration(model.folder, model.calibration, about, normals, model.view)
-            shutil.rmtree(place, ignore_errors=True)  # one that states no rate
             model.folder.rename(place)
-        self.made.append(plan.name)
-        self._ready(plan.name)
-        self._say(f"The model {plan.name} is ready.")
+        self.made.append(place.name)
+        self._ready(place.name)
+        self._say(f"The model {place.name} is ready.")
 
     def _enter(self, step: Step) -> None:
         self._step, self._begun = self._step + 1, time.monotonic()
-        self._say(f"Step {self._step + 1} of {len(STEPS)}: {step.words} (about {step.seconds} s).")
+        self._say(f"Step {self._step + 1} of {len(self._steps)}: {step.words} (about {step.seconds} s).")
 
     def progress(self) -> tuple[float, str]:
         """Share of the way, by the seconds that it usually takes, and what is being done."""
         number = max(self._step, 0)
-        whole, before = (sum(step.seconds for step in part) for part in (STEPS, STEPS[:number]))
-        (words, usual), spent = STEPS[number], time.monotonic() - self._begun
+        whole, before = (sum(step.seconds for step in part) for part in (self._steps, self._steps[:number]))
+        (words, usual), spent = self._steps[number], time.monotonic() - self._begun
         within = usual * (1 - 4 ** (-spent / usual))  # three quarters of the bar when it is due, and never all of it
         left = f"about {usual - spent:.0f} s left of it" if spent < usual else "longer than usual on this machine"
-        return (before + within) / whole, f"{words} (step {number + 1} of {len(STEPS)}, {left})"
+        return (before + within) / whole, f"{words} (step {number + 1} of {len(self._steps)}, {left})"
+
+
+def _free_place(name: str) -> Path:
+    """Of this name, or of one with a number where somebody has a model of this name."""
+    tried = (hub.model_place(name if number == 1 else f"{name}-{number}") for number in count(1))
+    return next(place for place in tried if not place.exists())
+
+
+def _remove_leftovers(registry: Path) -> None:
+    """Of demos that were killed an hour ago or more."""
+    for folder in registry.glob(f"{PREFIX}*"):
+        with suppress(OSError):
+            if time.time() - folder.stat().st_mtime > 3600:
+                shutil.rmtree(folder)

@@ -27,7 +27,7 @@ def build(server: Server) -> list[gr.Dropdown]:
     with gr.Tab("Inspect", id="inspect"), gr.Row(equal_height=False):
         with gr.Column(scale=1, min_width=280, elem_classes="ask"):
             model = gr.Dropdown(label="Model", elem_id="model", interactive=True)
-            file = gr.File(label="Image: drop, choose or paste", file_types=KINDS, elem_id="image", height=150)
+            file = gr.File(label="Image: drop, choose or paste", file_types=KINDS, elem_id="image", height=175)
             shown = EXAMPLES.format(taken=TAKEN, buttons=buttons(server.examples))
             examples = gr.HTML(shown, js_on_load=CHOSEN, elem_id="examples")
         with gr.Column(scale=3, min_width=320):

@@ -23,9 +23,14 @@ function gradient(name) {
 function paint(result) {
   const canvas = result.querySelector(".heat"), context = canvas.getContext("2d"), levels = result.levels;
   const picture = context.createImageData(canvas.width, canvas.height), colours = table(chosen.colours);
-  for (let i = 0; i < levels.length; i++) picture.data.set([...colours[levels[i]], levels[i]], 4 * i);
+  for (let i = 0, k = 0; i < levels.length; i++) {
+    const colour = colours[levels[i]];
+    picture.data[k++] = colour[0];
+    picture.data[k++] = colour[1];
+    picture.data[k++] = colour[2];
+    picture.data[k++] = levels[i];
+  }
   context.putImageData(picture, 0, 0);
-  canvas.style.opacity = chosen.opacity / 100;
   result.querySelector(".scale").style.background = gradient(chosen.colours);
 }
 
@@ -42,21 +47,32 @@ async function begin(result) {
   result.querySelector(".outlines").checked = chosen.outlines;
   settle(result);
   paint(result);
-  if (innerWidth < 760) result.scrollIntoView({ behavior: "smooth", block: "start" });  // it is below, on a phone
+  tell(result);
+  const results = result.closest(".results");
+  if (innerWidth < 760 && result === results.querySelector(".result"))  // on a phone it is below
+    results.scrollIntoView({ behavior: "smooth", block: "start" });
 }
 
 /* ---- controls ----------------------------------------------------------------------------------------------------- */
 
 function settle(result) {
   result.querySelector(".stage").style.setProperty("--split", `${result.querySelector(".split").value}%`);
+  result.querySelector(".heat").style.opacity = chosen.opacity / 100;
   result.querySelector(".opacity-out").textContent = `${chosen.opacity} %`;
   result.classList.toggle("plain", !chosen.outlines);
+}
+
+/* Say the answer to those who don't see it. */
+function tell(result) {
+  const answer = result.querySelector(".answer:not([hidden])");
+  document.querySelector(".said").textContent = `${result.dataset.model}: ${answer.innerText}`;
 }
 
 function state(result, index, words) {
   all(result, "[data-rate]").forEach((part) => (part.toggleAttribute("hidden", part.dataset.rate !== index)));
   result.querySelector(".rate-out").textContent = words;
   result.querySelector(".rate").setAttribute("aria-valuetext", words);
+  tell(result);
 }
 
 document.addEventListener("input", (event) => {
@@ -75,7 +91,7 @@ document.addEventListener("input", (event) => {
       each.querySelector(".opacity").value = chosen.opacity;
       each.querySelector(".outlines").checked = chosen.outlines;
       settle(each);
-      if (each.levels) paint(each);
+      if (each.levels && control.matches(".colours")) paint(each);
     });
   }
 });
@@ -108,6 +124,11 @@ async function overlay(result) {
     context.strokeStyle = "#00d0ff";
     context.lineWidth = 1.6 / scale;
     all(lines, "path").forEach((path) => context.stroke(new Path2D(path.getAttribute("d"))));
+    context.fillStyle = context.strokeStyle;
+    for (const number of all(lines, "text")) {
+      context.font = `bold ${number.getAttribute("font-size")}px sans-serif`;
+      context.fillText(number.textContent, number.getAttribute("x"), number.getAttribute("y"));
+    }
   }
   return new Promise((done) => canvas.toBlob(done, "image/png"));
 }
@@ -121,16 +142,29 @@ document.addEventListener("click", async (event) => {
   URL.revokeObjectURL(link.href);
 });
 
-/* ---- paste -------------------------------------------------------------------------------------------------------- */
+/* ---- paste, and drop anywhere ------------------------------------------------------------------------------------- */
 
-document.addEventListener("paste", (event) => {
-  const file = [...event.clipboardData.files].find((each) => each.type.startsWith("image/"));
-  const input = all(document, "#image input[type=file]").find((each) => each.closest("#image").checkVisibility());
-  if (!file || !input) return;
-  const files = new DataTransfer();
-  files.items.add(file);
-  input.files = files.files;
+const visible = (element) => element.checkVisibility();
+
+/* Give files to the field of the tab that is shown; one that holds a file is cleared first. */
+async function give(files) {
+  const field = all(document, "#image, #compare-image, #batch-images, #normals").find(visible);
+  if (!field || !files.length) return;
+  field.querySelector("input[type=file]") ?? field.querySelector("button[aria-label=Clear]")?.click();
+  for (let i = 0; i < 20 && !field.querySelector("input[type=file]"); i++) await new Promise((done) => setTimeout(done, 50));
+  const input = field.querySelector("input[type=file]"), given = new DataTransfer();
+  if (!input) return;
+  (input.multiple ? files : files.slice(0, 1)).forEach((file) => given.items.add(file));
+  input.files = given.files;
   input.dispatchEvent(new Event("change", { bubbles: true }));
+}
+
+document.addEventListener("paste", (event) => give([...event.clipboardData.files]));
+document.addEventListener("dragover", (event) => event.preventDefault());
+document.addEventListener("drop", (event) => {
+  if (event.defaultPrevented) return;  // a field has taken it
+  event.preventDefault();
+  give([...event.dataTransfer.files]);
 });
 
 /* ---- results that arrive ------------------------------------------------------------------------------------------ */

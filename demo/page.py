@@ -9,21 +9,18 @@ from zoo.demo import about_tab, api, batch_tab, compare_tab, finetune_tab, inspe
 from zoo.demo.server import Server
 
 TITLE = "zoo: SEM inspection"
-AT_ONCE = {
-    "cpu": 4,
-    "cuda": 8,
-}  # images in work at a time; further visitors wait in the queue, and are told their place
+AT_ONCE = {"cpu": 4, "cuda": 8}  # images in work; further visitors wait in the queue, and are told their place
 WAITING = 200  # visitors in the queue; further ones are asked to come again
-MINUTES = 15  # that a file is kept at most while the page is open
 SECOND = "second-model"  # which differs from the first, where there are two
 NONE_YET = "No model here states a false-alarm rate yet, so first ones are being made, of built-in images."
 HEAD = """<header class="head"><h1>{icon}zoo</h1>
-<p>Finds what is unusual in SEM images of semiconductors, and says how unusual it is.</p></header>"""
+<p>Finds what is unusual in SEM images of semiconductors, and says how unusual it is.</p></header>
+<p class="said" role="status"></p>"""
 
 
 def build(server: Server) -> gr.Blocks:
     """The page with its endpoints; nothing in it is fetched from elsewhere."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=(60, 60 * MINUTES)) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         gr.HTML(HEAD.format(icon=text_of("icon.svg")))
         waiting = gr.HTML(visible=False)
         tick = gr.Timer(1, active=False)
@@ -38,7 +35,8 @@ def build(server: Server) -> gr.Blocks:
             choices = server.choices()
             names = [name for _, name in choices]
             usual = server.preferred(names)
-            other = next((name for name in names if name != usual), usual)
+            others = [name for name in names if name != usual]
+            other = server.preferred(others) or usual
             found = []
             for chooser, value in zip(choosers, chosen, strict=True):
                 first = other if chooser.elem_id == SECOND else usual
@@ -69,7 +67,8 @@ def _progress(server: Server) -> list:
         return [gr.HTML(server.alert(first.error), visible=True), gr.Timer(active=False)]
     share, words = first.progress()
     bar = f'<progress max="1" value="{share:.3f}" aria-label="Progress of the first models"></progress>'
-    text = "The first model is ready. A second one is on its way." if first.made else NONE_YET
+    ready = any(map(server.is_calibrated, server.engine.names()))
+    text = "The first model is ready. A second one is on its way." if ready else NONE_YET
     told = f'<div class="waiting" role="status"><p><strong>{text}</strong></p>{bar}<p>{html.escape(words)}</p></div>'
     return [gr.HTML(told, visible=True), gr.Timer(active=True)]
 

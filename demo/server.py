@@ -24,6 +24,7 @@ from zoo.demo.uploads import Uploads, check, sentence
 from zoo.demo.viewer import Look, places
 from zoo.demo.words import label
 from zoo.errors import ZooError
+from zoo.module import AnomalyModule
 
 
 @dataclass
@@ -40,7 +41,7 @@ class Server:
     examples: list[Example]
     first: FirstModels | None = None
     _files: dict[str, set[Path]] = field(default_factory=dict)  # of each visitor
-    _jobs: dict[str, Tuning] = field(default_factory=dict)  # that each visitor waits for
+    _jobs: dict[str, list[Tuning]] = field(default_factory=dict)  # that each visitor waits for
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def look(self, path: str | Path, name: str | None, with_evidence: bool = True) -> Look:
@@ -55,7 +56,7 @@ class Server:
         brought = model.bring(path)
         (prediction,) = self.engine.predict(name, [brought])
         look = Look(path.name, name, model, brought, prediction)
-        if with_evidence:
+        if with_evidence and (self.settings.show_training or _is_synthetic(model)):
             look.pairs = self.engine.evidence(name, brought, places(look))
         look.seconds = time.perf_counter() - start
         return look
@@ -75,7 +76,8 @@ class Server:
 
     def preferred(self, names: list[str]) -> str | None:
         """The model that a page begins with: the first one that is calibrated, as its verdicts state a rate."""
-        return next(filter(self.is_calibrated, names), names[0] if names else None)
+        good = [name for name in names if name not in self.engine.failed]
+        return next(filter(self.is_calibrated, good), next(iter(good or names), None))
 
     def choices(self) -> list[tuple[str, str]]:
         """Label and name of each model."""
@@ -99,7 +101,8 @@ class Server:
 
     def alert(self, error: BaseException) -> str:
         """The same as a part of the page."""
-        return f'<div class="alert" role="alert"><p>{html.escape(self.told(error))}</p></div>'
+        told = self.told(error).rstrip(".")
+        return f'<div class="alert" role="alert"><p>{html.escape(told)}.</p></div>'
 
     def picture(self, name: str, pixels: np.ndarray) -> str:
         """A PNG of uint8 pixels for an answer, at a place of its own, where it ages as uploads do."""
@@ -118,15 +121,19 @@ class Server:
     @contextmanager
     def job(self, request: gr.Request, job: Tuning) -> Iterator[None]:
         """A fine-tuning that a visitor waits for, and may cancel."""
-        self._jobs[request.session_hash] = job
+        with self._lock:
+            self._jobs.setdefault(request.session_hash, []).append(job)
         try:
             yield
         finally:
-            del self._jobs[request.session_hash]
+            with self._lock:
+                self._jobs[request.session_hash].remove(job)
 
     def cancel(self, request: gr.Request) -> None:
         """End the fine-tuning that a visitor waits for, if there is one."""
-        if job := self._jobs.get(request.session_hash):
+        with self._lock:
+            jobs = list(self._jobs.get(request.session_hash, ()))
+        for job in jobs:
             job.cancel()
 
     def left(self, request: gr.Request) -> None:
@@ -134,4 +141,19 @@ class Server:
         self.cancel(request)
         with self._lock:  # the same file of two visitors lies there once
             paths = self._files.pop(request.session_hash or "", set()).difference(*self._files.values())
+            self._jobs.pop(request.session_hash, None)
         self.uploads.forget(paths)
+
+    def sweep(self) -> None:
+        """Delete what is old, and forget of whom it was."""
+        self.uploads.sweep()
+        with self._lock:
+            for session, paths in list(self._files.items()):
+                self._files[session] = {path for path in paths if path.exists()}
+                if not self._files[session]:
+                    del self._files[session]
+
+
+def _is_synthetic(model: AnomalyModule) -> bool:
+    """Whether it has learned from built-in images, which are nobody's secret."""
+    return str((model.record or {}).get("train_data", {}).get("name", "")).startswith("synthetic")

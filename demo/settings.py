@@ -15,6 +15,7 @@ class Settings:
         port: of it; it was free a moment ago.
         user, password: who may see the page; None: whoever reaches it.
         open_browser: show the page in this machine's browser.
+        show_training: whether patches of a model's training images are shown beside what it found.
         finetune: whether visitors may train models, which are kept in the local registry.
         device: auto, cpu, cuda or cuda:N.
     """
@@ -26,5 +27,6 @@ class Settings:
     user: str | None = None
     password: str | None = field(default=None, repr=False)
     open_browser: bool = False
+    show_training: bool = True
     finetune: bool = True
     device: str = "auto"

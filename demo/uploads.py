@@ -28,6 +28,8 @@ from zoo.image import image_size
 MAX_PIXELS = 4096 * 4096
 MAX_SIDE = 16384  # pixels; what browsers show
 MAX_BYTES = 64 << 20
+MAX_TOTAL = 8 << 30  # bytes of all visitors' files together
+MINUTES = 15  # that a file is kept at most
 MAX_SIDE_WORDS = f"at most {MAX_PIXELS / 1e6:.1f} megapixels and {MAX_BYTES >> 20} MB"
 SORRY = "Something went wrong in the server; it was noted there. Try again, or another image."
 
@@ -48,7 +50,9 @@ def check(path: str | os.PathLike) -> tuple[int, int]:
     """
     path = Path(path)
     try:
-        if path.exists() and path.stat().st_size > MAX_BYTES:
+        if not path.exists():
+            raise ZooError(f"{path} is no longer here, as files are kept for {MINUTES} minutes; upload it again")
+        if path.stat().st_size > MAX_BYTES:
             raise ZooError(f"{path} is larger than {MAX_BYTES >> 20} MB; cut it into smaller images")
         height, width = image_size(path)
     except ZooError as error:
@@ -124,6 +128,23 @@ class Uploads:
         self._lock.release()
         for number, handler in self._signals.items():
             signal.signal(number, handler)
+
+    def sweep(self, seconds: float = 60 * MINUTES) -> None:
+        """Delete files that were last used so long ago, and folders that are empty by then."""
+        limit = time.time() - seconds
+        for path in sorted(self.folder.rglob("*"), key=lambda path: -len(path.parts)):  # what is inside first
+            with contextlib.suppress(OSError):
+                about = path.lstat()
+                if max(about.st_mtime, about.st_ctime) < limit:
+                    path.rmdir() if stat.S_ISDIR(about.st_mode) else path.unlink()
+
+    def is_full(self) -> bool:
+        """Whether the visitors' files take so much of the disk that no further ones are taken."""
+        total = 0
+        for path in self.folder.rglob("*"):
+            with contextlib.suppress(OSError):
+                total += path.lstat().st_size
+        return total > MAX_TOTAL or shutil.disk_usage(self.folder).free < MAX_BYTES
 
     def forget(self, paths: Iterable[str | os.PathLike]) -> None:
         """Delete files at once, links as such; what lies elsewhere, is a folder or is gone already stays as it is."""

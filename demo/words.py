@@ -13,6 +13,8 @@ def rarity(known: Calibration, score: float) -> str:
     n, above = len(known.scores), known.above(score)
     if not above:
         return f"None of {n:,} normal images scores this high."
+    if above == n:
+        return f"All {n:,} normal images score this high."
     if 3 * above > n:
         return f"{'Most' if 2 * above > n else 'Many'} normal images score this high ({above:,} of {n:,})."
     return f"About 1 in {n / above:,.0f} normal images scores this high ({above:,} of {n:,})."

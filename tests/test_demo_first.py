@@ -1,5 +1,7 @@
 """The first models of a demo that has none, and what its page tells meanwhile."""
 
+import os
+
 import pytest
 
 import zoo
@@ -20,7 +22,6 @@ def small(monkeypatch):
         Plan("demo-b", "padim", {"dims": 10, "input_size": 64}, Step("learning again", 4), Step("measuring again", 2)),
     ]
     monkeypatch.setattr(first, "PLANS", plans)
-    monkeypatch.setattr(first, "STEPS", [step for plan in plans for step in (plan.learning, plan.measuring)])
 
 
 def test_they_are_seen_when_they_are_calibrated(small, zoo_home):
@@ -41,12 +42,17 @@ def test_they_are_seen_when_they_are_calibrated(small, zoo_home):
         assert known.calibrated and known.false_alarm_rate == 0.1 and len(known.scores) == 30
 
 
-def test_one_that_states_no_rate_is_replaced(small):
+def test_a_model_of_the_same_name_is_left_as_it_is(small):
     place = hub.model_place("demo-a")
     place.mkdir(parents=True)
     (place / "config.json").write_text("{")
-    FirstModels(lambda name: None, "cpu", lambda line: None).run()
-    assert zoo.from_pretrained("demo-a").calibration.calibrated
+    old = place.parent / f"{first.PREFIX}killed"
+    old.mkdir()
+    os.utime(old, (1, 1))
+    ready = []
+    FirstModels(ready.append, "cpu", lambda line: None, first.PLANS[:1]).run()
+    assert ready == ["demo-a-2"] and zoo.from_pretrained("demo-a-2").calibration.calibrated
+    assert (place / "config.json").read_text() == "{" and not old.exists()
 
 
 def test_a_failure_is_told_and_leaves_nothing(small, monkeypatch):
@@ -79,7 +85,7 @@ def test_progress_goes_on_and_never_arrives_by_itself(monkeypatch):
 
 def test_the_plan_is_under_a_minute():
     """By the seconds that the page states, of the model that a visitor waits for."""
-    assert sum(step.seconds for step in first.STEPS[:2]) <= 45
+    assert first.PLANS[0].learning.seconds + first.PLANS[0].measuring.seconds <= 45
 
 
 def test_the_page_has_all_its_files():

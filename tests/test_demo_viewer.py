@@ -17,7 +17,8 @@ from zoo import plots
 from zoo.calibration import Calibration
 from zoo.cli import main
 from zoo.demo import words
-from zoo.demo.viewer import COLOURS, Look, colour_tables, figures, mask_of, places, rates_of, render
+from zoo.demo.viewer import COLOURS, Look, colour_tables, figures, places, rates_of, render
+from zoo.errors import ZooError
 from zoo.module import Prediction
 
 NAME = '<img src=x onerror=alert(1)>".tif'
@@ -98,12 +99,13 @@ def known(scores, rate=0.1, threshold=50.0):
 @pytest.mark.parametrize(
     "score, text",
     [
-        (1000, "Fewer than 1 in 401 normal images scores this high."),
+        (1000, "None of 400 normal images scores this high."),
         (399, "About 1 in 400 normal images scores this high (1 of 400)."),
         (396, "About 1 in 100 normal images scores this high (4 of 400)."),
         (300, "About 1 in 4 normal images scores this high (100 of 400)."),
         (100, "Most normal images score this high (300 of 400)."),
-        (-5, "Most normal images score this high (400 of 400)."),
+        (180, "Many normal images score this high (220 of 400)."),
+        (-5, "All 400 normal images score this high."),
     ],
 )
 def test_rarity_counts_normals(score, text):
@@ -141,7 +143,7 @@ def test_why_there_is_no_rate(model, mvtec):
 
 
 def test_figures_are_those_of_predict(look):
-    told, prediction = figures(look), look.prediction
+    told, prediction = figures(look, look.at()), look.prediction
     assert json.loads(json.dumps(told)) == told
     assert told["score"] == prediction.score and told["p_value"] == prediction.p_value
     assert told["is_anomalous"] is True and told["image"] == NAME and told["size"] == [96, 96]
@@ -158,14 +160,14 @@ def test_another_rate_is_as_if_it_had_been_stated(look, model, mvtec):
             other = zoo.from_pretrained(model.folder)
             other.calibration = model.calibration.at_rate(rate)
             again = other.predict_brought([one.brought])[0]
-            found = one.at_rate(rate)
+            found, _, mask = one.at(rate)
             assert (found.is_anomalous, found.verdict, found.p_value) == (
                 again.is_anomalous,
                 again.verdict,
                 again.p_value,
             )
             assert found.regions == again.regions
-            assert np.array_equal(mask_of(one, rate), plots.mask(again.map, other.calibration))
+            assert np.array_equal(mask, plots.mask(again.map, other.calibration))
 
 
 def test_rates_are_those_that_the_normals_support(model):
@@ -196,9 +198,9 @@ def test_a_result_holds_all_rates_and_nothing_else_is_needed(look, model):
     assert len(answers) == len(rates) and ["hidden" in about for about in answers] == [rate != 0.2 for rate in rates]
     files = [json.loads(content(uri)) for uri in page.links(".json")]
     assert [told["false_alarm_rate"] for told in files] == rates
-    assert files == [figures(look, rate) for rate in rates]
+    assert files == [figures(look, look.at(rate)) for rate in rates]
     masks = [np.asarray(Image.open(io.BytesIO(content(uri)))) for uri in page.links("-mask.png")]
-    assert all(np.array_equal(mask, mask_of(look, rate)) for mask, rate in zip(masks, rates, strict=True))
+    assert all(np.array_equal(mask, look.at(rate).mask) for mask, rate in zip(masks, rates, strict=True))
     assert masks[-1].any()
 
 
@@ -225,12 +227,15 @@ def test_a_model_without_a_rate_says_so(look, model, mvtec, tmp_path):
     one = normal(bare, mvtec)
     page = Page(render([one]))
     assert "no threshold" in page.text and "No verdict" in page.text and not page.links("-mask.png")
-    assert figures(one)["regions"] is None and mask_of(one) is None
+    assert figures(one, one.at())["regions"] is None and one.at().mask is None
     other = Image.fromarray(np.full((80, 64), 99, np.uint8))
     brought = model.bring(other)
     wide = Look("wide.png", "m", model, brought, model.predict_brought([brought])[0])
     page = Page(render([wide]))
     assert "calibrated on images of 96 × 96 pixels" in page.text and len(page.links(".json")) == 1
+    assert figures(wide, wide.at())["false_alarm_rate"] is None  # it holds for another size
+    with pytest.raises(ZooError, match="No rate holds"):
+        wide.at(0.2)
 
 
 def test_colours_are_perceptually_uniform():

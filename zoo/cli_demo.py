@@ -40,6 +40,7 @@ def demo(argv: list[str]) -> None:
         user=user,
         password=password,
         open_browser=options.open,
+        show_training=not is_open,
         finetune=not is_open if options.finetune is None else options.finetune,
         device=options.device,
     )

@@ -301,7 +301,8 @@ def _open(file: BinaryIO, where: str) -> PIL.Image.Image:
 
 
 def _fail_damaged(where: str, error: Exception) -> NoReturn:
-    reason = "" if isinstance(error, struct.error) else " ".join(str(error).split())[:120]  # which speaks to programs
+    is_cryptic = struct.error in (type(error), type(error.__cause__))  # "unpack_from requires a buffer of ..."
+    reason = "" if is_cryptic else " ".join(str(error).split())[:120]
     why = f" ({reason})" if reason else ""
     raise ZooError(f"{where} is damaged or truncated{why}; copy it again or remove it") from error
 
