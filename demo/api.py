@@ -65,6 +65,6 @@ def _rate(value: float | None) -> float | None:
     Raises:
         ZooError: it is none.
     """
-    if value and not 0 < value < 1:
-        raise ZooError(f"false_alarm_rate is a share between 0 and 1, such as 0.01 for 1 %, not {value:g}.")
+    if value and not (isinstance(value, float | int) and 0 < value < 1):  # gradio lets texts through
+        raise ZooError(f"false_alarm_rate is a share between 0 and 1, such as 0.01 for 1 %, not {str(value)[:20]}.")
     return value or None

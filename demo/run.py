@@ -4,15 +4,14 @@ import json
 import logging
 import threading
 from importlib.resources import files
-from typing import Any, NoReturn
+from typing import Any
 
 import gradio as gr
-from gradio import processing_utils
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
 from zoo import hub
-from zoo.demo import page
+from zoo.demo import page, strangers
 from zoo.demo.engine import Engine
 from zoo.demo.examples import write_examples
 from zoo.demo.first import PLANS, FirstModels
@@ -64,7 +63,7 @@ def launch(blocks: gr.Blocks, server: Server) -> None:
         ZooError: the address can't be taken.
     """
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    processing_utils.save_url_to_cache = processing_utils.async_save_url_to_cache = _refuse_url
+    strangers.shut()
     settings = server.settings
     script = f"<script>const COLOURS = {json.dumps(colour_tables())};\n{page.text_of('page.js')}</script>"
     try:
@@ -136,7 +135,3 @@ def _look_for(engine: Engine) -> None:
             reason = error
             engine.drop(name)
     raise reason
-
-
-def _refuse_url(*_: Any, **__: Any) -> NoReturn:
-    raise gr.Error("Upload the file itself; this page fetches nothing from elsewhere.", print_exception=False)

@@ -61,7 +61,7 @@ def test_check_gives_the_size(tmp_path):
         "stack.tif": "stack.tif is a TIFF of 3 pages",
         "cut.png": "cut.png is damaged or truncated",
         "cut.tif": "cut.tif is ",
-        "none.png": "none.png does not exist",
+        "none.png": "none.png is no longer here",
         "heavy.tif": "heavy.tif is larger than 64 MB; cut",
     }.items(),
 )
