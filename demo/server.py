@@ -12,6 +12,7 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
 from zoo import checkpoint, hub
@@ -97,7 +98,7 @@ class Server:
 
     def told(self, error: BaseException) -> str:
         """What a visitor is told of an error."""
-        return sentence(error, self.uploads.folder, hub.registry())
+        return sentence(error, self.uploads.folder, self.uploads.work, hub.registry(), HF_HUB_CACHE)
 
     def alert(self, error: BaseException) -> str:
         """The same as a part of the page."""

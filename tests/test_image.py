@@ -370,7 +370,7 @@ def test_bombs_cost_nothing(name, tmp_path):
     assert len(data) < 10 << 20
     said, mb, seconds = tried("read", path)
     assert match in said and said.startswith(f"{path} is ")
-    assert mb < 128 and seconds < 1.5
+    assert mb < 128 and seconds < 5  # CPU seconds; they took 10 and more
 
 
 def test_the_size_of_a_file_is_read_without_its_pixels(tmp_path):
@@ -402,7 +402,7 @@ def test_endless_compressions_are_read_by_the_image_size(compression, tmp_path):
     packed = {"packbits": b"\x81\0" * (4 << 20), "lzma": lzma.compress(bytes(1 << 29), preset=0)}.get(compression, b"")
     path.write_bytes(tiff_of(64, {"packbits": 32773, "lzma": 34925, "zstd": 50000}[compression], packed or b"x"))
     said, mb, seconds = tried("read", path)  # libtiff decodes what the image needs, or can't
-    assert mb < 128 and seconds < 1.5 and (not said or "damaged" in said)
+    assert mb < 128 and seconds < 5 and (not said or "damaged" in said)
 
 
 def test_masks():
