@@ -1,8 +1,10 @@
 """From settings to a running page."""
 
+import ctypes
 import json
 import logging
 import threading
+from contextlib import suppress
 from importlib.resources import files
 from typing import Any
 
@@ -23,7 +25,8 @@ from zoo.errors import ZooError
 
 FONT = ("system-ui", "Segoe UI", "Roboto", "Helvetica", "Arial", "sans-serif")  # of the visitor's machine
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "monospace")
-SWEEP = 60  # seconds between two looks for files that are old
+M_ARENA_MAX = -8  # of glibc's mallopt
+SWEEP = 10  # seconds between two looks for files that are old, and for memory that is free
 # Whatever a card of a stranger's model may hold, nothing is fetched from elsewhere and nothing is sent there.
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; form-action 'self'; base-uri 'self'"
 FULL = "The server has no more room for files; try again in a quarter of an hour."
@@ -31,6 +34,7 @@ FULL = "The server has no more room for files; try again in a quarter of an hour
 
 def run(settings: Settings, uploads: Uploads) -> None:
     """Serve the page until it is interrupted; see `zoo.demo.app.serve`."""
+    _share_arenas()
     server = make_server(settings, uploads)
     launch(page.build(server), server)
 
@@ -96,6 +100,7 @@ def launch(blocks: gr.Blocks, server: Server) -> None:
             server.first.start()
         while not threading.Event().wait(SWEEP):
             server.sweep()
+            _trim_memory()
     except OSError as error:
         place = f"{settings.host}:{settings.port}"
         raise ZooError(f"The page can't be served at {place} ({error}); give another --port.") from error
@@ -115,6 +120,18 @@ class Room:
             await PlainTextResponse(FULL, status_code=507)(scope, receive, send)
         else:
             await self.app(scope, receive, send)
+
+
+def _share_arenas() -> None:
+    """Let all threads take memory from two heaps: glibc has up to eight for each core, and all of them fill up."""
+    with suppress(AttributeError, OSError, TypeError):  # there is no glibc elsewhere
+        ctypes.CDLL(None).mallopt(M_ARENA_MAX, 2)
+
+
+def _trim_memory() -> None:
+    """Give free memory back to the system."""
+    with suppress(AttributeError, OSError, TypeError):  # there is no glibc elsewhere
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _look_for(engine: Engine) -> None:

@@ -1,6 +1,6 @@
 """The README's picture of the demo: started with an empty registry, as a newcomer would, and asked for an example.
 
-    python tests/bench/demo_shot.py --out tests/bench/demo.png
+    python tests/bench/demo_shot.py --out tests/bench/demo.jpg
 
 It waits until the demo has made its first model by itself, clicks an example, and takes the page as it is then shown.
 """
@@ -24,7 +24,6 @@ from playwright.sync_api import Page, expect, sync_playwright
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 WIDTH = 1280
-MOST = 300_000  # bytes
 
 
 def serve(home: Path, port: int, log: Path) -> subprocess.Popen:
@@ -58,24 +57,16 @@ def show(page: Page, example: str, patience: float) -> None:
 
 
 def save(shot: bytes, path: Path) -> int:
-    """Write a screenshot with as many colours as the limit of its size allows; their number."""
-    image = Image.open(io.BytesIO(shot)).convert("RGB")
-    for colours in (256, 192, 128, 96, 64):
-        file = io.BytesIO()
-        image.quantize(colours, Image.Quantize.MEDIANCUT, kmeans=3, dither=Image.Dither.NONE).save(
-            file, "png", optimize=True
-        )
-        if file.tell() <= MOST:
-            temporary = path.with_name(f".{path.name}")
-            temporary.write_bytes(file.getvalue())
-            temporary.replace(path)
-            return colours
-    sys.exit(f"The picture is larger than {MOST} bytes with 64 colours.")
+    """The picture as a JPEG; its bytes."""
+    temporary = path.with_name(f".{path.name}")
+    Image.open(io.BytesIO(shot)).convert("RGB").save(temporary, "jpeg", quality=90, optimize=True)
+    temporary.replace(path)
+    return path.stat().st_size
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("demo.png"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("demo.jpg"))
     parser.add_argument("--example", default="scratch", help="its caption in the page")
     parser.add_argument("--patience", type=float, default=600, help="seconds for the models to be made")
     options = parser.parse_args()
@@ -95,8 +86,7 @@ def main() -> None:
             parts = [page.locator(part).bounding_box() for part in ("#result", "#examples")]
             end = max(part["y"] + part["height"] for part in parts) + page.evaluate("scrollY") + 16
             shot = page.screenshot(full_page=True, clip={"x": 0, "y": 0, "width": WIDTH, "height": end})
-            colours = save(shot, options.out)
-            print(f"{options.out}: {options.out.stat().st_size:,} bytes, {colours} colours.")
+            print(f"{options.out}: {save(shot, options.out):,} bytes.")
             chromium.close()
         finally:
             process.send_signal(signal.SIGTERM)
