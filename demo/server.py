@@ -18,7 +18,7 @@ from PIL import Image
 from zoo import checkpoint, hub
 from zoo.demo.engine import Engine
 from zoo.demo.examples import Example
-from zoo.demo.first import FirstModels
+from zoo.demo.first import PLANS, FirstModels
 from zoo.demo.settings import Settings
 from zoo.demo.tuning import Tuning
 from zoo.demo.uploads import Uploads, check, sentence
@@ -78,6 +78,7 @@ class Server:
     def preferred(self, names: list[str]) -> str | None:
         """The model that a page begins with: the first one that is calibrated, as its verdicts state a rate."""
         good = [name for name in names if name not in self.engine.failed]
+        good.sort(key=lambda name: name != PLANS[0].name)  # the better one of those that the demo makes comes first
         return next(filter(self.is_calibrated, good), next(iter(good or names), None))
 
     def choices(self) -> list[tuple[str, str]]:

@@ -37,8 +37,10 @@ def meaning(prediction: Prediction, known: Calibration | None) -> str:
         return ""
     rate, many = known.false_alarm_rate, len(prediction.regions or ())
     side, other = ("above", "though") if prediction.is_anomalous else ("below", "and")
-    text = f"The score is {side} the threshold that at most {100 * rate:.4g} % of normal images reach"
-    text += f" ({100 * known.confidence:.4g} % confidence)"
+    text = (
+        f"The score is {side} the threshold of {known.image_threshold:.5g}, which at most {100 * rate:.4g} % of normal "
+    )
+    text += f"images reach ({100 * known.confidence:.4g} % confidence)"
     if not many:
         return f"{text}, {other} no single place stands out."
     places = f"{'one place stands' if many == 1 else f'{many} places stand'} out"
@@ -65,7 +67,7 @@ def no_rate(model: AnomalyModule, size: tuple[int, int], name: str) -> str:
         sizes = ", ".join(f"{width} × {height}" for height, width in known.sizes)
         return (
             f"No rate holds: the model was calibrated on images of {sizes} pixels, and this one has {size[1]} × "
-            f"{size[0]}."
+            f"{size[0]}. Cut it to that size, or calibrate the model with images of this one."
         )
     return f"No rate holds: the model was calibrated in {known.precision}, not in {model.precision}."
 

@@ -244,14 +244,14 @@ def test_the_slider_parts_image_and_heatmap(visit):
     page = visit()
     page.locator(f"[data-example='{SCRATCH}']").click()
     result = result_of(page)
-    assert split(result) == 50
+    assert split(result) == 25
     box = result.locator(".stage").bounding_box()
     middle = box["y"] + box["height"] / 2
-    page.mouse.move(box["x"] + box["width"] / 2, middle)
+    page.mouse.move(box["x"] + box["width"] / 4, middle)
     page.mouse.down()
-    page.mouse.move(box["x"] + box["width"] / 4, middle, steps=4)
+    page.mouse.move(box["x"] + 0.7 * box["width"], middle, steps=4)
     page.mouse.up()
-    assert abs(split(result) - 25) < 2
+    assert abs(split(result) - 70) < 2
     slider = result.get_by_label("Slide between image and heatmap")
     slider.focus()
     before = split(result)

@@ -104,7 +104,7 @@ def known(scores, rate=0.1, threshold=50.0):
         (396, "About 1 in 100 normal images scores this high (4 of 400)."),
         (300, "About 1 in 4 normal images scores this high (100 of 400)."),
         (100, "Most normal images score this high (300 of 400)."),
-        (180, "Many normal images score this high (220 of 400)."),
+        (240, "Many normal images score this high (160 of 400)."),
         (-5, "All 400 normal images score this high."),
     ],
 )
