@@ -3,9 +3,9 @@
 import os
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -94,7 +94,8 @@ class Engine:
         self._is_lent = ON_ZERO_GPU
         if ON_ZERO_GPU:  # its processes know the models that were there when they began; later ones stay on the CPU
             for name in self.names():
-                self.model(name)
+                with suppress(ZooError):  # it is noted as one that failed
+                    self.model(name)
             self.device, self._is_lent = device_of("cpu"), False
 
     @property
@@ -141,13 +142,6 @@ class Engine:
             return None
         with served.turn:
             return evidence.pairs(served.model, served.training, image, places)
-
-    @contextmanager
-    def alone(self, name: str) -> Iterator[AnomalyModule]:
-        """The model, while nobody else computes with it."""
-        served = self._get(name)
-        with served.turn:
-            yield served.model
 
     def _get(self, name: str) -> Served:
         if served := self._known(name):

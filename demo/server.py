@@ -129,7 +129,7 @@ class Server:
             yield
         finally:
             with self._lock:
-                self._jobs[request.session_hash].remove(job)
+                self._jobs.get(request.session_hash, [job]).remove(job)  # who has left has none any more
 
     def cancel(self, request: gr.Request) -> None:
         """End the fine-tuning that a visitor waits for, if there is one."""
@@ -158,4 +158,4 @@ class Server:
 
 def _is_synthetic(model: AnomalyModule) -> bool:
     """Whether it has learned from built-in images, which are nobody's secret."""
-    return str((model.record or {}).get("train_data", {}).get("name", "")).startswith("synthetic")
+    return str((model.record or {}).get("train_data", {}).get("name", "")).startswith("synthetic:")

@@ -50,7 +50,7 @@ def test_many_at_once_get_what_each_would_get_alone(mvtec, monkeypatch):
     sizes, served = [], engine._get("a")
     compute = served._compute
     served._compute = lambda model, group: sizes.append(len(group)) or compute(model, group)
-    with ThreadPoolExecutor(24) as pool, engine.alone("a"):  # all of them wait for one turn
+    with ThreadPoolExecutor(24) as pool, engine._get("a").turn:  # all of them wait for one turn
         asked = [pool.submit(engine.predict, "a", [image]) for image in brought]
         while len(engine._get("a").waiting) < len(brought):
             pass
@@ -67,7 +67,7 @@ def test_an_image_that_fails_fails_alone(mvtec, monkeypatch):
     model = engine.model("a")
     good = [model.bring(file) for file in images(mvtec)[:3]]
     bad = good[0]._replace(image=torch.full_like(good[0].image, torch.nan))
-    with ThreadPoolExecutor(8) as pool, engine.alone("a"):
+    with ThreadPoolExecutor(8) as pool, engine._get("a").turn:
         asked = [pool.submit(engine.predict, "a", [image]) for image in (good[0], bad, *good[1:])]
         while len(engine._get("a").waiting) < 4:
             pass
