@@ -23,6 +23,8 @@ VARIABLES = (
 )
 # A process whose zoo.demo.app waits instead of serving.
 SERVING = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
 import sys, time, types
 def serve(settings):
     print("serving", flush=True)

@@ -352,7 +352,7 @@ def test_a_broken_file_is_named_as_its_visitor_named_it(images, home, tmp_path):
     visitors = Tuning(images, "bank", "mine", "cpu")
     visitors._work, visitors._names = work, names
     said = visitors._told(str(found.value))
-    assert said.startswith("geheim <b>ätzung; v2.png is damaged or truncated (")
+    assert said.startswith("geheim <b>ätzung; v2.png is damaged or truncated; ")
     assert said.endswith("; 1 more can't be read either.") and "/" not in said
 
 

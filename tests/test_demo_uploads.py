@@ -141,7 +141,10 @@ def test_a_note_goes_to_stderr_without_any_setup():
     assert "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
 
 
-SERVER = """import time
+SERVER = """import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and nohup this
+import time
 from zoo.demo.uploads import Uploads
 with Uploads() as files:
     print(files.folder, flush=True)
