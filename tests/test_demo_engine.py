@@ -148,7 +148,6 @@ def test_a_model_that_is_another_one_by_now_is_loaded_anew(mvtec):
 
 
 ZERO = """
-import pickle, sys
 import numpy as np
 from zoo.demo import engine as engines
 from zoo.demo.engine import Engine
@@ -166,7 +165,7 @@ assert spaces.calls == [1] and engine.training_device == "cpu"
 """
 
 SPACES = """
-import pickle
+import copy
 
 calls = []
 
@@ -175,14 +174,14 @@ def GPU(duration):
     def lent(function):
         def call(*arguments):
             calls.append(1)
-            return pickle.loads(pickle.dumps(function(*pickle.loads(pickle.dumps(arguments)))))
+            return copy.deepcopy(function(*copy.deepcopy(arguments)))
         return call
     return lent
 """
 
 
 def test_on_zero_gpu_a_call_is_lent_the_gpu(home, tmp_path):
-    """By a stand-in for the `spaces` package, whose calls go to another process and so by pickle, as there."""
+    """By a stand-in for the `spaces` package, whose calls get copies, as another process does there."""
     (tmp_path / "spaces.py").write_text(SPACES)
     path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"ZOO_HOME": str(home), "SPACES_ZERO_GPU": "1", "PYTHONPATH": path}
