@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,25 @@ def _end_with_server(work: Path) -> threading.Thread:
     def wait() -> None:
         while os.read(0, 1):  # not sys.stdin: its lock would be held when the process ends
             pass
+        if hasattr(os, "fork"):
+            _end_all()
         shutil.rmtree(work, ignore_errors=True)
-        if hasattr(os, "killpg"):
-            os.killpg(0, signal.SIGKILL)  # decoding processes too
         os._exit(1)
 
     end = threading.Thread(target=wait, daemon=True)
     end.start()
     return end
+
+
+def _end_all() -> None:
+    """Come back in a process of its own, once the others have ended: the fit would write into what is removed."""
+    worker = os.getpid()
+    if os.fork():
+        signal.pause()  # until it is killed
+    os.setsid()
+    os.killpg(worker, signal.SIGKILL)  # decoding processes too
+    while os.getppid() == worker:
+        time.sleep(0.01)
 
 
 def _be_modest() -> None:

@@ -76,8 +76,11 @@ def registry(home, zoo_home, tmp_path, monkeypatch):
     (tmp_path / "temporary").mkdir()
     before = contents(home)
     yield home / "models"
-    assert not [path for path in home.rglob("*") if path.parent.name == ".tuning"]
-    assert contents(home) == before and set(hub.list_models()) == set(BASES)
+    left, after, models = list((home / "models").glob(".tuning/*")), contents(home), set(hub.list_models())
+    for path in (home / "models").iterdir():
+        if path.name not in BASES:  # what one test leaves is no failure of the next
+            shutil.rmtree(path)
+    assert not left and after == before and models == set(BASES)
     assert not list((tmp_path / "temporary").iterdir())
     assert not tuning._taken and tuning._turn.acquire(blocking=False)
     tuning._turn.release()
@@ -99,11 +102,16 @@ def alive(pid):
         return False
 
 
-def ends(pid, seconds=10.0):
-    end = time.monotonic() + seconds
-    while alive(pid) and time.monotonic() < end:
+def comes(holds):
+    """Whether a condition comes to hold, on however busy a machine."""
+    end = time.monotonic() + 300
+    while not holds() and time.monotonic() < end:
         time.sleep(0.05)
-    return not alive(pid)
+    return holds()
+
+
+def ends(pid):
+    return comes(lambda: not alive(pid))
 
 
 def refused(job):
@@ -132,15 +140,12 @@ def test_images_become_a_calibrated_model(images, registry, tmp_path):
     files = sorted(place.rglob("*.*"))
     Image.open(files[0]).save(place / "copy.tif")
     shutil.copy(files[0], place / "again.dat")
-    job, seen, times = Tuning([*files, place / "copy.tif", place / "again.dat"], "bank", "mine_1", "cpu"), [], []
-    for progress in job.run():
-        seen.append(progress)
-        times.append(time.monotonic())
+    job = Tuning([*files, place / "copy.tif", place / "again.dat"], "bank", "mine_1", "cpu")
+    seen = list(job.run())
     stages = list(dict.fromkeys(progress.stage for progress in seen))
     assert stages == ["checking", "learning", "calibrating", "done"]
     shares = [progress.share for progress in seen]
     assert shares == sorted(shares) and shares[0] < 0.05 and shares[-1] == 1.0 and len(set(shares)) > 8
-    assert np.diff(times).max() < 2.0 + 2 * tuning.TICK  # of a machine that is busy
     assert list(job._work.parent.iterdir()) == []
     found = job.summary
     assert (found.name, found.base, found.method) == ("mine-1", "bank", "patchcore")
@@ -365,6 +370,19 @@ def test_what_the_process_says_last_is_told(images, tmp_path, monkeypatch):
     assert refused(Tuning(images, "bank", "mine", "cpu")) == "000.png is empty (0 bytes)."
 
 
+def test_progress_comes_while_the_process_says_nothing(images, tmp_path, monkeypatch):
+    process = tmp_path / "python"
+    process.write_text("#!/bin/sh\nexec sleep 1000\n")
+    process.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(process))
+    job = Tuning(images, "bank", "mine", "cpu")
+    run = _with_process(job)
+    assert [next(run).stage for _ in range(5)] == ["checking"] * 5 and tuning.TICK <= 0.5
+    job.cancel()
+    with pytest.raises(Cancelled):
+        next(run)
+
+
 def test_a_file_that_has_gone_is_told(images, tmp_path):
     assert "gone.png can't be read any more" in refused(Tuning([*images, tmp_path / "gone.png"], "bank", "mine", "cpu"))
 
@@ -393,10 +411,10 @@ def test_sentences_of_others_lose_places_and_options(images, tmp_path):
 def test_a_cancel_ends_all(images):
     job = Tuning(images, "steps", "mine", "cpu", max_steps=LONG)
     run = until(job, "learning")
-    pid, begin = job.pid, time.monotonic()
+    pid = job.pid
     assert alive(pid)
     job.cancel()
-    assert time.monotonic() - begin < 5 and not alive(pid) and not job._work.exists()
+    assert not alive(pid) and not job._work.exists()
     with pytest.raises(Cancelled, match="nothing of it is left"):
         list(run)
     job.cancel()
@@ -416,11 +434,11 @@ def test_a_job_that_is_left_alone_ends(images, monkeypatch):
     run = _with_process(job)
     run.close()
     assert not alive(job.pid)
-    monkeypatch.setattr(tuning, "PATIENCE", 1.0)
     job = Tuning(images, "bank", "mine", "cpu")
     run = _with_process(job)
+    monkeypatch.setattr(tuning, "PATIENCE", 1.0)
     assert ends(job.pid)
-    assert job._over.wait(5)
+    assert job._over.wait(300)
     with pytest.raises(Cancelled):
         next(run)
 
@@ -474,7 +492,7 @@ def test_the_process_ends_with_its_server(images, registry):
     server.kill()
     server.communicate()
     assert ends(pid)
-    assert [path.suffix for path in (registry / ".tuning").iterdir()] == [".lock"]  # the images are gone
+    assert comes(lambda: [path.suffix for path in (registry / ".tuning").iterdir()] == [".lock"])  # the images are gone
     sweep()
 
 
