@@ -10,7 +10,7 @@ from learner import Learner
 from zoo import ranks
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
-from zoo.methods import create_model, list_methods
+from zoo.methods import create_model
 
 SIZE = 64
 SMALL = {
@@ -118,10 +118,10 @@ def steps(method, devices):
     return watch, model
 
 
-def main(out):
+def main(out, *methods):
     rank, world, _ = ranks.launched()
     results = {}
-    for method in [*list_methods(), "learner"]:
+    for method in methods:
         seen, module, model = Seen(), data(), build(method)
         trainer(world, seen).fit(model, datamodule=module)
         trainer(world, seen).validate(model, dataloaders=module.test_dataloader(), verbose=False)
@@ -164,4 +164,4 @@ def main(out):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *sys.argv[2:])

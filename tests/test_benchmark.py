@@ -345,7 +345,7 @@ def test_a_killed_benchmark_goes_on(tmp_path):
     job.kill()
     job.wait()
     checkpoint = out / "unfinished" / "stfpm-seed0" / "last.ckpt"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not checkpoint.is_file():  # its run notices, and keeps what it has
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -432,7 +432,7 @@ def test_an_interrupt_ends_the_run_too(sent, tmp_path):
         assert job.poll() is None
         time.sleep(0.05)
     (os.killpg if sent == signal.SIGINT else os.kill)(job.pid, sent)
-    assert job.wait(timeout=30) == 130 and "stopped" in job.stderr.read()
+    assert job.wait(timeout=300) == 130 and "stopped" in job.stderr.read()
     assert not records_of(out) and (out / "unfinished" / "stfpm-seed0" / "last.ckpt").is_file()
 
 
@@ -440,7 +440,7 @@ def test_two_at_once_share_the_runs(tmp_path):
     """Each run is done by one of them, and both render all."""
     launch = [sys.executable, "-m", "zoo.cli", *command(tmp_path, "padim", seeds=2)]
     jobs = [subprocess.Popen(launch, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    said = [job.communicate(timeout=300)[0] for job in jobs]
+    said = [job.communicate(timeout=900)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0]
     assert "".join(said).count("image ROC") == 2 and all("index.html are in" in text for text in said)
     assert set(records_of(tmp_path)) == {"padim-seed0", "padim-seed1"}

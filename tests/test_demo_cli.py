@@ -28,7 +28,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the backgro
 import sys, time, types
 def serve(settings):
     print("serving", flush=True)
-    time.sleep(30)
+    time.sleep(300)
 app = types.ModuleType("zoo.demo.app")
 app.serve = serve
 sys.modules["zoo.demo.app"] = app
@@ -282,12 +282,12 @@ def test_a_stop_is_no_traceback(number):
     )
     assert process.stdout.readline() == "serving\n"
     process.send_signal(number)
-    _, error = process.communicate(timeout=20)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 130 and error == "zoo: stopped.\n"
 
 
 def test_a_password_is_asked_for_on_a_terminal():
-    code = SERVING.replace("time.sleep(30)", "print(settings.password == 'typed', settings, flush=True)")
+    code = SERVING.replace("time.sleep(300)", "print(settings.password == 'typed', settings, flush=True)")
     ours, theirs = pty.openpty()
     argv = [sys.executable, "-c", code, "--user", "ann"]
     ends = {"stdin": theirs, "stderr": theirs, "stdout": subprocess.PIPE}
@@ -297,7 +297,7 @@ def test_a_password_is_asked_for_on_a_terminal():
     while b"Password for ann: " not in shown:
         shown += os.read(ours, 1000)
     os.write(ours, b"typed\n")
-    told = process.communicate(timeout=20)[0].decode()
+    told = process.communicate(timeout=300)[0].decode()
     os.close(ours)
     assert process.returncode == 0 and told.startswith("serving\nTrue Settings(") and "typed" not in told
 

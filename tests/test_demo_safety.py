@@ -62,8 +62,8 @@ class Demo:
         command[1:3] = ["-c", code]
         with open(root / "said", "w") as out, open(root / "errors", "w") as errors:
             self.process = subprocess.Popen(command, env=kept | more | environment, stdout=out, stderr=errors, cwd=root)
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=60, trust_env=False)
-        end = time.monotonic() + 180
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=300, trust_env=False)
+        end = time.monotonic() + 600
         while "is at http" not in (root / "said").read_text():
             assert self.process.poll() is None and time.monotonic() < end, self.errors()
             time.sleep(0.2)
@@ -97,7 +97,7 @@ class Demo:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
             try:
-                self.process.wait(30)
+                self.process.wait(300)
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
@@ -112,7 +112,7 @@ def png(array=None, **options):
 
 def reached(demo, path):
     """The answer for a path that is sent as it stands: httpx alone would tidy it."""
-    with socket.create_connection(("127.0.0.1", demo.port), timeout=30) as line:
+    with socket.create_connection(("127.0.0.1", demo.port), timeout=300) as line:
         line.sendall(f"GET {path} HTTP/1.1\r\nHost: 127.0.0.1:{demo.port}\r\nConnection: close\r\n\r\n".encode())
         data = b""
         while part := line.recv(1 << 16):
@@ -263,7 +263,7 @@ def test_what_is_uploaded_never_acts_in_a_browser(demo):
 
 
 def test_without_the_password_there_is_nothing(locked):
-    stranger = httpx.Client(base_url=str(locked.http.base_url), timeout=60, trust_env=False)
+    stranger = httpx.Client(base_url=str(locked.http.base_url), timeout=300, trust_env=False)
     for path in ("config", "gradio_api/info", "gradio_api/file=/etc/passwd", "gradio_api/info?all_endpoints=true"):
         with stranger.stream("GET", f"/{path}") as answer:
             assert answer.status_code in (401, 403, 404), path

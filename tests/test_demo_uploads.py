@@ -148,7 +148,7 @@ import time
 from zoo.demo.uploads import Uploads
 with Uploads() as files:
     print(files.folder, flush=True)
-    time.sleep(60)
+    time.sleep(300)
 """
 
 
@@ -174,7 +174,7 @@ def test_a_signal_removes_the_folder(number, temp):
         folder = Path(process.stdout.readline().decode().strip())
         assert folder.is_dir()
         process.send_signal(number)
-        process.wait(20)
+        process.wait(300)
     assert process.returncode != 0 and not list(temp.iterdir())
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import timm
 import torch
+from kinds import over
 from safetensors.torch import save_file
 from torch.nn.functional import interpolate
 
@@ -24,14 +25,13 @@ from zoo.errors import ZooError
 from zoo.export import Parity, check_images, compare, export_onnx
 from zoo.fit import fit
 from zoo.hub import from_pretrained, model_place
-from zoo.methods import create_model, list_methods
+from zoo.methods import create_model
 from zoo.methods.patchcore import PatchCore, _pool_channels
 from zoo.nn import coreset, similarity
 from zoo.nn.features import architecture_only
 from zoo.nn.seed import seeded
 from zoo.view import View
 
-METHODS = pytest.mark.parametrize("method", list_methods())
 # Beside preset lite, to be quick.
 SMALL = {
     "fanogan": {"input_size": 64, "width": 4},
@@ -77,15 +77,14 @@ def run(path, images):
     return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"images": images})
 
 
-@METHODS
+@over("padim", "patchcore", "stfpm", "ganomaly")
 def test_a_file_equals_forward_on_other_images(method, mvtec, tmp_path, tiny_backbone):
     own = {"input_size": [64, 96]} | SMALL.get(method, {})
     model = quick_fit(method, mvtec, own | (tiny_backbone if method in OF_FEATURES else {}))
     check(model, tmp_path / "model.onnx", mvtec)
 
 
-@pytest.mark.slow
-@METHODS
+@over()
 def test_so_do_those_of_preset_lite(method, mvtec, tmp_path):
     check(quick_fit(method, mvtec, {}), tmp_path / "model.onnx", mvtec)
 

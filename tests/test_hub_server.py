@@ -182,12 +182,10 @@ def test_faults_are_what_they_say(hub, pushed):
 
 
 def test_a_hub_that_hangs_ends_at_once_when_it_is_closed(tmp_path, hub, pushed):
-    hub.hang()
-    begin = time.monotonic()
+    hub.hang(seconds=10**6)
     with pytest.raises(httpx2.ReadTimeout):
         HfApi().model_info("fab/model", timeout=0.3)
-    hub.close()
-    assert time.monotonic() - begin < 5
+    hub.close()  # which waits for what hangs to end
     with pytest.raises((httpx2.NetworkError, LocalEntryNotFoundError)):
         HfApi().model_info("fab/model")
 

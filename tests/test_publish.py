@@ -501,4 +501,4 @@ def test_torch_is_not_needed(hub, folder, tmp_path):
 def _run(code, hub, tmp_path, cwd=None, **variables):
     own = environment(hub, tmp_path / "hf", WRITE) | {"PYTHONPATH": str(Path(checkpoint.__file__).parents[1])}
     how = {"env": os.environ | own | variables, "cwd": cwd or tmp_path}
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, **how)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600, **how)

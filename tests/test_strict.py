@@ -85,10 +85,10 @@ def sentence(error, *words):
 
 
 def refused(folder, *words):
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(ZooError) as error:
         from_pretrained(folder)
-    assert time.monotonic() - start < 10
+    assert time.process_time() - start < 10
     sentence(error, *words)
 
 
@@ -265,10 +265,10 @@ def test_no_method_builds_what_is_large_before_it_is_refused(method, tmp_path):
         for key, option in signature(method).items():
             if option.type is not int or key in ("seed", "channels"):
                 continue
-            start = time.monotonic()
+            start = time.process_time()
             with contextlib.suppress(ZooError, RuntimeError), architecture_only(), checkpoint._few_modules():
                 create_model(method, **{key: 10**6})
-            assert time.monotonic() - start < 20, key
+            assert time.process_time() - start < 20, key
 
 
 def test_weights_of_another_size_are_not_imported(folder):

@@ -91,7 +91,7 @@ def images(out):
 class Background:
     """`zoo watch` here, signalled as soon as `done()`: signals reach the main thread, which runs it."""
 
-    def __init__(self, done, number=signal.SIGTERM, seconds=60):
+    def __init__(self, done, number=signal.SIGTERM, seconds=600):
         self.done, self.number, self.end = done, number, time.monotonic() + seconds
         self.late = False
         self.thread = threading.Thread(target=self._wait)
@@ -222,7 +222,7 @@ def test_a_file_that_grows_is_scored_when_it_is_whole(place, tmp_path, model):
 
     writer = threading.Thread(target=copy)
     writer.start()
-    assert Background(wrote(out, 1)).run(place, out, model) == 0
+    assert Background(wrote(out, 1)).run(place, out, model, "--settle", 2) == 0
     writer.join()
     (row,) = lines(out)
     assert row["score"] == zoo.from_pretrained(model).predict(source).score and row["num_bytes"] == len(data)
