@@ -38,6 +38,7 @@ from zoo.resume import drop_unusable
 from zoo.run import RunOptions
 from zoo.trial import run
 
+pytestmark = pytest.mark.usefixtures("runs_here")  # commands in processes of their own start others as usual
 BOARDS = Path(__file__).parents[2] / "shared" / "data" / "deeppcb_small"
 CLASSES = ("normal", "anomalous")
 DATA = "synthetic:train=50,good=9,defect=14,size=64"
@@ -56,7 +57,7 @@ def records_of(out):
 
 
 @pytest.fixture(scope="module")
-def bench(tmp_path_factory):
+def bench(runs_here, tmp_path_factory):
     """A benchmark in which a method failed at first, and was run again with its cause removed and one more seed."""
     root = tmp_path_factory.mktemp("bench")
     out, weights = root / "out", root / "secret place" / "weights.safetensors"
@@ -419,7 +420,7 @@ def test_images_without_masks_and_broken_ones(mvtec, tmp_path):
     assert "PRO</th>" not in (plan.out / "index.html").read_text()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupt_ends_the_run_too(sent, tmp_path):
     """Ctrl-C goes to all processes of a terminal: the run's is spared, and asked to end by its benchmark."""
     out = tmp_path / "out"
@@ -436,6 +437,7 @@ def test_an_interrupt_ends_the_run_too(sent, tmp_path):
     assert not records_of(out) and (out / "unfinished" / "stfpm-seed0" / "last.ckpt").is_file()
 
 
+@pytest.mark.slow
 def test_two_at_once_share_the_runs(tmp_path):
     """Each run is done by one of them, and both render all."""
     launch = [sys.executable, "-m", "zoo.cli", *command(tmp_path, "padim", seeds=2)]

@@ -17,7 +17,9 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("case", OPTIONS)
+@pytest.mark.parametrize(
+    "case", [c if c in ("padim", "patchcore") else pytest.param(c, marks=pytest.mark.slow) for c in OPTIONS]
+)
 def test_memory_is_estimated_before_the_fit(case, zoo_home):
     """In a process of its own: the peak of this one is that of all tests before."""
     command = ["zoo", "fit", case.split()[0], "--preset", "lite", "--data", DATA, "--name", "m", "--batch-size", "16"]

@@ -19,7 +19,7 @@ from hub_server import READ, STRANGER
 from miic_replica import make
 
 from zoo import hub as names
-from zoo import release, trial
+from zoo import release
 from zoo.calibration import restored
 from zoo.cli import main
 from zoo.data import DataSpec, load_data
@@ -27,11 +27,10 @@ from zoo.errors import ZooError
 from zoo.fit import fit
 from zoo.hub import from_pretrained
 from zoo.importing import import_models
-from zoo.launch import Launcher
 from zoo.plan import Plan, jobs_of
-from zoo.reasons import SENTENCE
 from zoo.run import RunOptions
 
+pytestmark = pytest.mark.usefixtures("runs_here")
 SIZES = {"padim": {"input_size": 64, "dims": 20}, "stfpm": {"input_size": 64}}
 PUBLIC = {"model.safetensors", "config.json", "README.md", "results.json"}
 PADIM, STFPM = "miic-replica-padim", "miic-replica-stfpm"
@@ -48,25 +47,8 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def run_here(launcher, job, log):
-    """A run of a benchmark in this process, to save the time that another one takes to start."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with open(log, "w") as said, contextlib.redirect_stdout(said):
-        try:
-            trial.run(job)
-            return 0, False
-        except ZooError as error:
-            print(f"{SENTENCE}{error}")
-            return 2, False
-
-
-@pytest.fixture(autouse=True)
-def here(monkeypatch):
-    monkeypatch.setattr(Launcher, "run", run_here)
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def made(runs_here, tmp_path_factory):
     """A release that was killed in the middle of a fit, and again between two models, and was gone on with."""
     root = tmp_path_factory.mktemp("release")
     make(root / "data", train=60, normal=10, abnormal=8, size=64, traps=())
@@ -87,7 +69,6 @@ def made(tmp_path_factory):
 
     stage, said = release.stage, io.StringIO()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Launcher, "run", run_here)
         patch.setattr(release, "stage", killed)
         assert main(command(data, out)) == 130
         first, runs = contents(out / "models"), contents(out / "work/runs")
