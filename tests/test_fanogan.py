@@ -550,6 +550,7 @@ def test_mistakes_get_a_sentence(wrong):
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
 
 
+@pytest.mark.slow  # test_registry.py fits it as long, and asks it to find defects
 def test_training_teaches_to_rebuild_and_finds_defects(mvtec):
     few = {"critic_steps": 1, "gan_lr": 2e-3, "gan_share": 0.4, "encoder_lr": 2e-4}  # it learns in so few steps
     options = dict(arguments=few, data_options={"batch_size": 4}, trainer_options={"max_steps": 250})

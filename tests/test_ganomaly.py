@@ -253,6 +253,7 @@ def test_presets():
     assert PRESETS["original"]["data"]["batch_size"] == 64 and PRESETS["original"]["trainer"]["max_epochs"] == 15
 
 
+@pytest.mark.slow  # test_registry.py fits it as long, and asks it to find defects
 def test_training_teaches_to_rebuild_and_finds_defects(mvtec):
     """A bright square is found untrained too, by a map that is the image itself: what counts is what is rebuilt."""
     small = {"input_size": 32, "lr": 5e-4, "latent_weight": 50.0}  # codes that learn in so few steps

@@ -459,6 +459,7 @@ def test_mistakes_get_a_sentence(wrong, match):
         IADInpainting(**({"input_size": 64} | wrong))
 
 
+@pytest.mark.slow  # test_registry.py fits it as long, and asks it to find defects
 def test_training_teaches_to_paint_over_and_finds_defects(mvtec):
     """A bright square is found untrained too, by a map that is the image itself: what counts is what becomes of it."""
     untrained = create_model("iad_inpainting", "lite", input_size=64).eval()

@@ -262,6 +262,7 @@ def test_resumed_as_if_never_stopped(both, method):
             assert torch.equal(tensor, found[method]["resumed"][name]), name
 
 
+@pytest.mark.slow
 def test_resume_by_the_command_line_needs_one_home(tmp_path, zoo_home, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     fit = "zoo fit padim --preset lite --input-size 64 --dims 20 --data synthetic:train=200,size=64 --batch-size 2"
@@ -283,6 +284,7 @@ def test_resume_by_the_command_line_needs_one_home(tmp_path, zoo_home, monkeypat
     assert models[0].read_bytes() == models[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_benchmark_by_two_processes(tmp_path):
     """Under torchrun, with a run that fails; then its own two processes go on in the same folder."""
     given = {"padim": {"input_size": 64, "dims": 20}, "stfpm": {"input_size": 64}, "fanogan": {"gan_share": 0.9}}

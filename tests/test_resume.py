@@ -266,7 +266,7 @@ def catches(pid, number):
     return int(caught, 16) >> number - 1 & 1
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("end", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
 def test_command_line_resumes(end, tmp_path, zoo_home):
     command = ["zoo", "fit", "patchcore", "--preset", "lite", "--data", "synthetic:train=120,size=64"]
     command += ["--input-size", "64", "--bank-size", "200", "--batch-size", "2"]
