@@ -599,6 +599,7 @@ def test_the_replica_of_miic_from_benchmark_to_intervals(protocol, tmp_path, cap
     assert len(rows) == sum(record["readings"]["held_out" if protocol == "house" else "full"][k] for k in CLASSES)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not BOARDS.is_dir(), reason="the circuit boards are not here")
 def test_the_circuit_boards_from_benchmark_to_intervals(tmp_path):
     out = tmp_path / "out"

@@ -16,6 +16,7 @@ from kinds import over
 from learner import Learner
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from zoo.cli import main
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.errors import ZooError
@@ -234,7 +235,9 @@ def seen(folder):
 
 
 def kill_and_resume(method, folder, delay):
-    """Kill a fit `delay` seconds after it began, let it go on, and return whether it was still running."""
+    """Kill a fit `delay` seconds after it began, let it go on here, and return whether it was still running."""
+    import kill_job
+
     job = start_job(method, folder)
     job.stdout.readline()  # ready
     time.sleep(delay)
@@ -242,7 +245,7 @@ def kill_and_resume(method, folder, delay):
     was_running = job.wait() == -signal.SIGKILL
     for path in folder.glob("last.ckpt"):
         torch.load(path, weights_only=True)  # whole, whenever the kill came
-    assert start_job(method, folder).wait() == 0
+    kill_job.main(method, folder)
     return was_running
 
 
@@ -255,7 +258,10 @@ def same_results(folder, expected):
 @over("patchcore", "learner", among=EACH)
 def test_killed_and_resumed(method, tmp_path):
     """The short form of tests/bench/kill.py."""
-    assert start_job(method, tmp_path / "whole").wait() == 0
+    import kill_job
+
+    (tmp_path / "whole").mkdir()
+    kill_job.main(method, tmp_path / "whole")
     assert kill_and_resume(method, tmp_path / "killed", random.uniform(0.02, 0.3))
     same_results(tmp_path / "killed", tmp_path / "whole")
 
@@ -267,14 +273,14 @@ def catches(pid, number):
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.slow)])
-def test_command_line_resumes(end, tmp_path, zoo_home):
-    command = ["zoo", "fit", "patchcore", "--preset", "lite", "--data", "synthetic:train=120,size=64"]
+def test_command_line_resumes(end, tmp_path, zoo_home, capsys):
+    command = ["fit", "patchcore", "--preset", "lite", "--data", "synthetic:train=120,size=64"]
     command += ["--input-size", "64", "--bank-size", "200", "--batch-size", "2"]
-    subprocess.run([*command, "--name", "whole"], check=True)
+    assert main([*command, "--name", "whole"]) == 0
     path = zoo_home / "unfinished" / "ended" / "last.ckpt"
     minutes = "0" if end == signal.SIGKILL else "5"  # SIGTERM leaves time to write one
     ended = subprocess.Popen(
-        [*command, "--name", "ended", "--checkpoint-minutes", minutes],
+        ["zoo", *command, "--name", "ended", "--checkpoint-minutes", minutes],
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -287,16 +293,14 @@ def test_command_line_resumes(end, tmp_path, zoo_home):
     assert path.exists() and ended.returncode != 0
     if end == signal.SIGTERM:
         assert ended.returncode == 2 and "--resume" in said and said.count("\n") == 1
-    done = subprocess.run([*command, "--name", "ended", "--resume"], check=True, capture_output=True, text=True)
+    assert main([*command, "--name", "ended", "--resume"]) == 0
     models = [zoo_home / "models" / name / "model.safetensors" for name in ("whole", "ended")]
     assert models[0].read_bytes() == models[1].read_bytes() and not path.exists()
     assert json.loads((models[1].parent / "results.json").read_text())["resumed"] is True
-    assert "Going on after batch" in done.stdout
+    assert "Going on after batch" in capsys.readouterr().out
 
 
 def test_what_resume_says(capsys, zoo_home):
-    from zoo.cli import main
-
     fit = "fit padim --preset lite --input-size 32 --dims 10 --data synthetic:train=40,size=32 --name m".split()
     assert main([*fit, "--resume"]) == 0 and "from the beginning" in capsys.readouterr().out
     path = zoo_home / "unfinished" / "m" / "last.ckpt"
