@@ -98,14 +98,18 @@ SRUN = {
 }
 
 
-def test_commands_of_the_readme(mvtec, tmp_path, zoo_home, monkeypatch):
+ALL = pytest.param(slice(None), marks=pytest.mark.slow, id="all")
+
+
+@pytest.mark.parametrize("part", [pytest.param(slice(2, 5), id="fit, evaluate and predict by torchrun"), ALL])
+def test_commands_of_the_readme(part, mvtec, tmp_path, zoo_home, monkeypatch):
     """Each one runs with two processes and leaves the model, record or list that one process leaves."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     (tmp_path / "data").symlink_to(mvtec)
     (mvtec / "bad").exists() or (mvtec / "bad").symlink_to(mvtec / "test" / "square")
     commands = readme_commands()
     assert len(commands) == 7 and sum("torchrun" in line for line in commands) == 4
-    for line in commands:
+    for line in commands[part]:
         line = line.replace("FOLDER", str(tmp_path / "data")).replace("HOST", "127.0.0.1")
         line = line.replace("results", str(tmp_path / "results")).replace("--memory-limit 6GB", "--memory-limit 20GB")
         if " fit " in line:
@@ -133,6 +137,7 @@ def test_commands_of_the_readme(mvtec, tmp_path, zoo_home, monkeypatch):
     assert len(list((tmp_path / "results" / "heatmaps").iterdir())) == 6
 
 
+@pytest.mark.slow
 def test_predict_names_the_broken_file_of_another_process(mvtec, tmp_path, zoo_home):
     from zoo.cli import main
 
