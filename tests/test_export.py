@@ -126,8 +126,12 @@ def check(model, path, data):
     ("method", "arguments"),
     [
         ("patchcore", {"embedding": "official", "score": "reweighted", "neighbours": 3, "bank_size": 60}),
-        ("iad_inpainting", {"residual": "structure", "score": "latent", "width": 4}),
-        ("riad", {"residual": "structure", "cells": [4], "width": 4, "channels": 3}),
+        pytest.param(
+            *("iad_inpainting", {"residual": "structure", "score": "latent", "width": 4}), marks=pytest.mark.slow
+        ),
+        pytest.param(
+            *("riad", {"residual": "structure", "cells": [4], "width": 4, "channels": 3}), marks=pytest.mark.slow
+        ),
     ],
 )
 def test_other_forms_of_a_method(method, arguments, tmp_path, tiny_backbone):
