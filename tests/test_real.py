@@ -11,7 +11,7 @@ BOARDS = Path(__file__).parents[2] / "shared" / "data" / "deeppcb_small"
 
 
 @pytest.mark.skipif(not BOARDS.is_dir(), reason="the circuit boards are not here")
-@pytest.mark.parametrize("method", ["padim", "patchcore"])
+@pytest.mark.parametrize("method", [pytest.param("padim", marks=pytest.mark.slow), "patchcore"])
 def test_circuit_boards_from_fit_to_predict(method, tmp_path, capsys):
     size = ["--bank-size", "1000"] if method == "patchcore" else ["--dims", "50"]
     assert main(["fit", method, "--preset", "lite", "--data", str(BOARDS), "--name", "pcb", *size]) == 0
