@@ -170,8 +170,9 @@ def test_saved_models_give_equal_bits_in_a_new_process(fitted, tmp_path):
     code = (
         "import sys, torch, zoo\n"
         "batch, scores = torch.load('in.pt', weights_only=True), {}\n"
-        "with torch.inference_mode():\n"
-        "    for name in sys.argv[1:]: scores[name] = tuple(zoo.from_pretrained(name)(batch))\n"
+        "for name in sys.argv[1:]:\n"
+        "    model = zoo.from_pretrained(name)\n"
+        "    with torch.inference_mode(): scores[name] = tuple(model(batch))\n"
         "torch.save(scores, 'out.pt')"
     )
     places = [f"./{method}" for method in fitted]
