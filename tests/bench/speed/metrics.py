@@ -54,13 +54,15 @@ def resident(what):
 def measured(metric_of, task, maps):
     """Time of updates and computation, the values, and the growth of the peak."""
     update, compute = metric_of()
-    batch_of(0, 2)
+    update(*batch_of(0, 2))
+    compute()  # imports and warms up
+    update, compute = metric_of()
     if task == "speed":
         kept = list(batches(maps))
     else:
         kept = batches(maps)
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before, seconds = resident("VmRSS"), 0.0
+    before, seconds = resident("VmRSS"), 0.0  # of a process in which all is loaded
     for scores, masks in kept:
         begin = time.perf_counter()
         update(scores, masks)
