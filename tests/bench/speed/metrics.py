@@ -147,7 +147,7 @@ def section(pythons, quick=False):
     with sides.Side(pythons["peer"], "metrics.py", "peer") as side:
         exact = side.ask(task="sklearn", maps=maps)
     notes = [
-        f"What our metrics keep is to stay below {LIMIT_MIB} MiB at any number of maps, and does by design (2^20 rows). "
+        f"What our metrics keep is to stay below {LIMIT_MIB} MiB at any number of maps, and does by design. "
         "Memory is that and all that an update or the computation takes for a moment, and a batch."
     ]
     for name in NAMES:
