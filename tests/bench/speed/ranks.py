@@ -22,20 +22,20 @@ WANTED = 1.5  # times as long at most
 EQUAL = 1e-3  # of padim's metrics; the sums of two processes are rounded in another order
 
 
-def write_images(folder, count, spots):
-    """Grey texture with noise, 224 x 224; with a bright spot and its mask beside the folder, if wanted."""
+def write_images(folder, count, masks=None):
+    """Grey texture with noise, 224 x 224; with a bright spot, if there is a folder for its mask."""
     import numpy as np
     from PIL import Image
 
     folder.mkdir(parents=True)
-    masks = folder.parent / "masks"
-    masks.mkdir(exist_ok=True)
+    if masks:
+        masks.mkdir(parents=True)
     y, x = np.mgrid[:224, :224]
     for i in range(count):
-        rng = np.random.default_rng([i, spots])
+        rng = np.random.default_rng([i, masks is not None])
         coarse = Image.fromarray(rng.integers(40, 215, (14, 14), dtype=np.uint8)).resize((224, 224), Image.BICUBIC)
         pixels = np.asarray(coarse) + rng.normal(0, 8, (224, 224))
-        if spots:
+        if masks:
             row, column = rng.integers(30, 194, 2)
             spot = (y - row) ** 2 + (x - column) ** 2 < 144
             pixels[spot] += 60
@@ -76,10 +76,9 @@ def section(pythons, quick=False):
     rows, notes = [], []
     with tempfile.TemporaryDirectory() as place:
         root = Path(place, "data")
-        write_images(root / "train" / "good", train, spots=False)
-        write_images(root / "test" / "good", test, spots=False)
-        write_images(root / "test" / "spot", test, spots=True)
-        (root / "test" / "masks").rename(root / "masks")
+        write_images(root / "train" / "good", train)
+        write_images(root / "test" / "good", test)
+        write_images(root / "test" / "spot", test, root / "ground_truth" / "spot")
         for method in METHODS:
             one, two = [], []
             for _ in range(rounds):
