@@ -26,7 +26,7 @@ MAX_KEYS = 2**20  # rows of a merged table: 32 MiB
 MAX_ROWS = MAX_KEYS + MAX_KEYS // 4  # rows that may wait in several tables before they are merged: 40 MiB
 MAX_TABLES = 64  # tables that may wait
 DENSE = 2**22  # possible keys that are counted in place: 32 MiB
-CHUNK = 2**20  # scores that are sorted at once: bounds the memory in flight
+CHUNK = 2**21  # scores that are sorted at once: bounds the memory in flight
 REGION_WEIGHT = 2**40  # weight of one region, shared among its pixels, in fixed point: integer sums have no order
 INFINITY_KEY = 0x7F800000  # the key of +inf; that of -inf is its complement; keys outside are NaN
 
