@@ -262,3 +262,38 @@ def test_a_plain_trainer_and_dataloader_will_do(mvtec):
     (metrics,) = trainer.test(model, loader, verbose=False)
     assert len(metrics) == 7
     assert sum(len(part) for part in trainer.predict(model, loader)) == 12
+
+
+class Counting(torch.utils.data.Dataset):
+    """Notes what was asked for, and breaks at one item."""
+
+    def __init__(self, breaks=None):
+        self.made, self.breaks = [], breaks
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        self.made.append(index)
+        if index == self.breaks:
+            raise ZooError(f"{index} is broken")
+        return index
+
+
+def test_one_batch_is_made_ahead_and_only_what_was_handed_out_counts():
+    data = Counting()
+    loader = EpochLoader(data, 2, list)
+    batches = iter(loader)
+    assert next(batches) == [0, 1] and loader.state_dict()["taken"] == 1
+    batches.close()  # waits for what is under way
+    assert set(data.made) <= {0, 1, 2, 3}
+    loader.load_state_dict({"epoch": 0, "taken": 1})
+    assert list(loader) == [[2, 3], [4, 5], [6, 7], [8, 9]]
+
+
+def test_a_broken_image_stops_where_it_comes():
+    seen = []
+    with pytest.raises(ZooError, match="5 is broken"):
+        for batch in EpochLoader(Counting(breaks=5), 2, list):
+            seen += batch
+    assert seen == [0, 1, 2, 3]

@@ -1,7 +1,8 @@
 """Batches in an order that resumes in the middle of an epoch and never repeats an image across processes."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,16 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from zoo.ranks import rank_and_world
+
+
+def _ahead(batches: Iterable[Any]) -> Iterator[Any]:
+    """The same batches, each made in a thread while the one before is in use: decoding lets others run meanwhile."""
+    with ThreadPoolExecutor(1) as thread:  # one that is closed early waits for the batch under way
+        coming = iter(batches)
+        batch = thread.submit(next, coming, None)
+        while (made := batch.result()) is not None:
+            batch = thread.submit(next, coming, None)
+            yield made
 
 
 class EpochLoader:
@@ -23,7 +34,7 @@ class EpochLoader:
         batch_size: images a batch at most, in each process.
         collate: list of items -> batch.
         seed: shuffles; None keeps the order.
-        num_workers: processes that decode.
+        num_workers: processes that decode; with none, a thread does.
     """
 
     batch_sampler = None  # Lightning asks a loader with a `sampler` for it
@@ -71,7 +82,7 @@ class EpochLoader:
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
         )
-        for batch in loader:
+        for batch in loader if self.num_workers else _ahead(loader):
             self.taken += 1
             yield batch
 

@@ -5,7 +5,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torchmetrics import Metric
-from torchmetrics.utilities import dim_zero_cat
 
 from zoo.errors import ZooError
 from zoo.metrics import ranking
@@ -48,9 +47,11 @@ class RankMetric(Metric):
         self._set(level, *ranking.add(tables, shift, scores, targets, valid, weights))
 
     def _table(self, level: str) -> Tensor:
-        """The merged table (n, 4)."""
-        rows = dim_zero_cat(getattr(self, f"{level}_tables"))  # after a sync it is one tensor already
-        return ranking.merge(rows, int(getattr(self, f"{level}_shift")))[0]
+        """The merged table (n, 4), which becomes the state: a second one beside it would double the memory."""
+        tables, shift = getattr(self, f"{level}_tables"), int(getattr(self, f"{level}_shift"))
+        table, shift = ranking.merge_all([tables] if isinstance(tables, Tensor) else tables, shift)
+        self._set(level, [table], shift)
+        return table
 
     def _reduce_states(self, incoming_state: dict[str, Any]) -> None:
         """Keep the list short where torchmetrics joins two states (`forward`, `merge_state`)."""
