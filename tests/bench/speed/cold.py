@@ -1,12 +1,12 @@
 """From nothing to the first heatmap: whole new processes, ours and the peer's in turns, files in the disk cache.
 
-A process starts Python, imports what it needs, loads a model from a local file, reads a 224 x 224 PNG, scores it and ends:
+A process starts Python, imports what it needs, loads a model from a local file, scores a PNG of 224 x 224 and ends:
     ours  zoo.from_pretrained(FOLDER).predict(IMAGE), of a model that `zoo fit METHOD --preset lite` has written
     peer  anomalib.deploy.TorchInferencer(FILE).predict(IMAGE), of a model that its own export (`to_torch`) has written
-Both have the same method, backbone (tf_efficientnet_lite0 with the same weights), layers and, of PatchCore, bank size; the
-peer's is fitted to less, which changes no shape. Further rows are parts of the same (imports alone, the model alone), and
-the command line. "cpu" is the processor time of the process and its children: it holds where other work is on the machine.
-The notes have what the imports of libraries take that both sides share: that much is not ours to save.
+Both have the same method, backbone (tf_efficientnet_lite0 with the same weights), layers and, of PatchCore, bank size;
+the peer's is fitted to less, which changes no shape. Further rows are parts of the same (imports, the model alone), and
+the command line. "cpu" is the processor time of the process: it holds where other work is on the machine. The notes
+have what the imports of libraries take that both sides share: that much is not ours to save.
 """
 
 import os
