@@ -119,11 +119,13 @@ def load(folder: str | Path, build: Callable[[dict[str, Any]], "nn.Module"]) -> 
     import torch
     from safetensors.torch import load_file
 
+    from zoo.nn.unfilled import Unfilled
+
     folder = Path(folder)
     config = read_config(folder)
     path = folder / WEIGHTS
     stored = read_header(path)
-    with torch.device("meta"), _few_modules():
+    with torch.device("meta"), _few_modules(), Unfilled():
         module = build(config)
     expected = {name: _described(tensor) for name, tensor in module.state_dict().items()}
     if other := config["learned"].keys() - set(learned_buffers(module)):
@@ -138,7 +140,8 @@ def load(folder: str | Path, build: Callable[[dict[str, Any]], "nn.Module"]) -> 
         found, wanted = (_in_words(of.get(min(wrong))) for of in (stored, expected))
         raise ZooError(f"{path} doesn't fit {CONFIG}: {quoted(min(wrong))} is {found} where {wanted} is expected.")
     check_weights(folder, config)
-    module = build(config)
+    with Unfilled():
+        module = build(config)
     module.load_state_dict(load_file(path))
     return module.eval(), config
 

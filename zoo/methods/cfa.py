@@ -175,7 +175,8 @@ class CFA(AnomalyModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         given = self.hparams
-        return torch.optim.AdamW(self.learned_parameters(), given.lr, weight_decay=given.weight_decay, amsgrad=True)
+        rates = {"lr": given.lr, "weight_decay": given.weight_decay}
+        return torch.optim.AdamW(self.learned_parameters(), **rates, amsgrad=True, fused=True)
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
         maps = self.describe(images)

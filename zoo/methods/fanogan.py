@@ -159,8 +159,8 @@ class FAnoGAN(AnomalyModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         h = self.hparams
         return [
-            torch.optim.Adam(self.generator.parameters(), h.gan_lr, (0.0, 0.9)),
-            torch.optim.Adam(self.critic.parameters(), h.gan_lr, (0.0, 0.9)),
+            torch.optim.Adam(self.generator.parameters(), h.gan_lr, (0.0, 0.9), fused=True),
+            torch.optim.Adam(self.critic.parameters(), h.gan_lr, (0.0, 0.9), fused=True),
             # TensorFlow adds its 1e-10 within the root.
             torch.optim.RMSprop(self.encoder.parameters(), h.encoder_lr, alpha=0.9, eps=1e-5),
         ]

@@ -108,7 +108,10 @@ class GANomaly(AnomalyModule):
 
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         parts = (self.generator, self.discriminator)
-        return [torch.optim.Adam(part.parameters(), self.hparams.lr, (self.hparams.beta1, 0.999)) for part in parts]
+        return [
+            torch.optim.Adam(part.parameters(), self.hparams.lr, (self.hparams.beta1, 0.999), fused=True)
+            for part in parts
+        ]
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
         x = self.prepare(images)  # (B, C, S, S)

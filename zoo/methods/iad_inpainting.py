@@ -219,7 +219,7 @@ class IADInpainting(AnomalyModule):
     def configure_optimizers(self) -> list[torch.optim.Optimizer]:
         rebuilding = [*self.encoder.parameters(), *self.decoder.parameters()]
         parts = (rebuilding, self.discriminator.parameters())
-        return [torch.optim.Adam(part, self.hparams.lr, (self.hparams.beta1, 0.999)) for part in parts]
+        return [torch.optim.Adam(part, self.hparams.lr, (self.hparams.beta1, 0.999), fused=True) for part in parts]
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
         x = self.prepare(images)  # (B, C, S, S)

@@ -103,7 +103,7 @@ class RD4AD(AnomalyModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         betas = (self.hparams.beta1, self.hparams.beta2)
-        return torch.optim.Adam(self.learned_parameters(), self.hparams.lr, betas)
+        return torch.optim.Adam(self.learned_parameters(), self.hparams.lr, betas, fused=True)
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
         levels = zip(*self.restore(images), strict=True)

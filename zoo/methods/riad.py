@@ -136,7 +136,7 @@ class RIAD(AnomalyModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         h = self.hparams
-        optimizer = torch.optim.Adam(self.unet.parameters(), h.lr, weight_decay=h.weight_decay)
+        optimizer = torch.optim.Adam(self.unet.parameters(), h.lr, weight_decay=h.weight_decay, fused=True)
         return self.with_milestones(optimizer, h.milestones, 0.1)
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:

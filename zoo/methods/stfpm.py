@@ -95,7 +95,9 @@ class STFPM(AnomalyModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         given = self.hparams
-        return torch.optim.SGD(self.learned_parameters(), given.lr, given.momentum, weight_decay=given.weight_decay)
+        return torch.optim.SGD(
+            self.learned_parameters(), given.lr, given.momentum, weight_decay=given.weight_decay, fused=True
+        )
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
         distances = self.distances(images)

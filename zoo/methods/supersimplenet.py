@@ -203,9 +203,8 @@ class SuperSimpleNet(AnomalyModule):
             (self.segmentation, h.segmentation_lr, h.head_weight_decay),
             (self.classification, h.classification_lr, h.head_weight_decay),
         ]
-        optimizer = torch.optim.AdamW(
-            {"params": list(part.parameters()), "lr": lr, "weight_decay": decay} for part, lr, decay in groups
-        )
+        named = [{"params": list(part.parameters()), "lr": lr, "weight_decay": decay} for part, lr, decay in groups]
+        optimizer = torch.optim.AdamW(named, fused=True)
         return self.with_milestones(optimizer, h.milestones, h.lr_factor)
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
