@@ -14,6 +14,7 @@ code's centre crop (preset `original` has it).
 import logging
 import math
 import time
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.module import AnomalyModule, Batch, Scores
 from zoo.nn.features import FeatureExtractor
-from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
+from zoo.nn.maps import masked_to_roi, resize_map, smooth_map
 from zoo.nn.precision import full_precision
 
 BLOCKS = 4  # block rows in which the symmetric products are kept
@@ -89,8 +90,14 @@ class PaDiM(AnomalyModule):
         """Images (B, C, H, W) -> chosen channels of all layers, by position of the first layer's grid (P, B, d)."""
         maps = self.features(self.prepare(images))
         self.grid = tuple(maps[0].shape[-2:])
-        joined = torch.cat([F.interpolate(m.float(), self.grid, mode="nearest") for m in maps], 1)
-        return joined[:, self.subset].flatten(2).permute(2, 0, 1).contiguous()
+        chosen = [m[:, index].float() for m, index in zip(maps, self._by_layer(), strict=True)]  # (B, d_i, h_i, w_i)
+        joined = torch.cat([F.interpolate(m, self.grid, mode="nearest") for m in chosen], 1)  # (B, d, h, w)
+        return joined.flatten(2).permute(2, 0, 1).contiguous()
+
+    def _by_layer(self) -> list[Tensor]:
+        """Chosen channels of each layer (d_i,); all together they are the sorted subset."""
+        ends = torch.tensor([0, *self.features.channels], device=self.subset.device).cumsum(0)
+        return [self.subset[(self.subset >= a) & (self.subset < b)] - a for a, b in pairwise(ends)]
 
     def observe(self, batch: Batch, sign: int = 1) -> None:
         """Add to the sums over images of x and of x x^T; with sign -1, take away."""
@@ -180,7 +187,7 @@ class PaDiM(AnomalyModule):
         with full_precision(x):
             distance = torch.bmm(x, self.whitening.transpose(1, 2)).norm(dim=2)  # (P, B)
         maps = distance.T.unflatten(1, (1, *self.grid))  # (B, 1, h, w)
-        maps = gaussian_blur(resize_map(maps, self.size), self.hparams.sigma)  # (B, 1, *size)
+        maps = smooth_map(maps, self.size, self.hparams.sigma)  # (B, 1, *size)
         return Scores(masked_to_roi(maps, roi).amax(dim=(1, 2, 3)), resize_map(maps, images.shape[-2:]))
 
     def probe(self, batch: Batch) -> None:
