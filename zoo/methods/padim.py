@@ -183,9 +183,9 @@ class PaDiM(AnomalyModule):
                     row[where] = lower[:, first:end, :end]
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
-        x = self.embed(images) - self.center[:, None]  # (P, B, d)
+        x = (self.embed(images) - self.center[:, None]).mT  # (P, d, B)
         with full_precision(x):
-            distance = torch.bmm(x, self.whitening.transpose(1, 2)).norm(dim=2)  # (P, B)
+            distance = torch.bmm(self.whitening, x).norm(dim=1)  # (P, B)
         maps = distance.T.unflatten(1, (1, *self.grid))  # (B, 1, h, w)
         maps = smooth_map(maps, self.size, self.hparams.sigma)  # (B, 1, *size)
         return Scores(masked_to_roi(maps, roi).amax(dim=(1, 2, 3)), resize_map(maps, images.shape[-2:]))
