@@ -9,8 +9,11 @@ at random. GANomaly sees one size on both sides, 256 (the peer pads 224 to it), 
 The backbone's own time is that of our feature extractor alone, in the same mode (of STFPM: of teacher and student).
 """
 
+import statistics
 import time
 from typing import Any
+
+from sides import in_turns, median_of, serve
 
 WIDE, SLIM = "wide_resnet50_2", "resnet18"
 BANK = 10_000
@@ -150,3 +153,31 @@ def _peer(case: str) -> Any:
 
 
 SIDES = {"ours": ours, "peer": peer}
+
+
+def section(pythons: dict[str, str], quick: bool) -> dict[str, Any]:
+    rows = []
+    for batch in (8, 1):
+        ratios = {}
+        for case in CASES:
+            found = in_turns(pythons, "inference.py", 1 if quick else 3, case=case, batch=batch)
+            peer = median_of(found["peer"], "peer")
+            exact, fast = (median_of(found["ours"], mode) for mode in MODES)
+            about = {"peer": peer, "unit": "ms an image"}
+            name = f"{case}, batch {batch}"
+            rows.append({"name": f"{name}, float32", "ours": exact, "ratio": peer / exact, "wanted": None, **about})
+            least = WANTED[batch]["least"] if case in SHARED else None
+            rows.append({"name": f"{name}, fast", "ours": fast, "ratio": peer / fast, "wanted": least, **about})
+            ratios[case] = peer / fast
+            if case in LIGHT:
+                backbone = median_of(found["ours"], "fast backbone")
+                limit = {"ours": fast, "peer": backbone, "ratio": OVER_BACKBONE * backbone / fast, "wanted": 1.0}
+                rows.append({"name": f"{name}, fast, beside 1.5 backbones", "unit": "ms an image", **limit})
+        middle = statistics.median(ratios[case] for case in SHARED)
+        wanted = WANTED[batch]["median"]
+        rows.append({"name": f"median, batch {batch}, fast", "ratio": middle, "wanted": wanted})
+    return {"rows": rows, "notes": [__doc__]}
+
+
+if __name__ == "__main__":
+    serve(SIDES)
