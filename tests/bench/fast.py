@@ -6,7 +6,7 @@ Each method (preset lite) is fitted in float32 once a data set: on 100 synthetic
 (an MVTec-style folder with masks), half of whose normal images are kept for thresholds. The same model then scores the
 same images in float32 and in the fast mode. Accepted is what moves the AUROC of images and of pixels by at most
 max(0.002, two standard errors of a paired bootstrap over images), and at most 0.5 % of the verdicts (one, of fewer than
-200), each mode with the threshold of its own normals at a rate of 5 %. Images are seen at 224 pixels, by methods
+200), each mode with the threshold of its own normals at `zoo calibrate`'s rate, 1 % (at 5 % for the record). Images are seen at 224 pixels, by methods
 without a backbone at 128 or 64. Runs are added to the record.
 """
 
@@ -29,9 +29,9 @@ from zoo.methods import list_methods
 from zoo.nn.fast import has_bfloat16
 
 SIZES = {"fanogan": 64, "ganomaly": 64, "iad_inpainting": 128, "riad": 64}  # else 224
-SYNTHETIC = "synthetic:train={train},good={good},defect=200,size=224"
-TRAIN, NORMALS, GOOD = 100, 199, 200
-RATE = 0.05
+SYNTHETIC = "synthetic:train={train},good={good},defect=300,size=224"
+TRAIN, NORMALS, GOOD = 100, 299, 300
+RATES = (0.01, 0.05)
 MOST_AUROC, MOST_VERDICTS = 0.002, 0.005
 REPLICATES = 200
 STRIDE = 4  # of the pixels that are compared
@@ -55,9 +55,9 @@ def scored(model, rows, precision):
     return [torch.cat(x).numpy() for x in (scores, maps, labels, masks)]
 
 
-def threshold(normals):
-    """Reached by a share of RATE of new normal images at most, on average."""
-    return np.sort(normals)[min(int(np.ceil((1 - RATE) * (len(normals) + 1))), len(normals)) - 1]
+def threshold(normals, rate):
+    """Reached by so large a share of new normal images at most, on average."""
+    return np.sort(normals)[min(int(np.ceil((1 - rate) * (len(normals) + 1))), len(normals)) - 1]
 
 
 def moved(score, exact, fast, draws):
@@ -79,7 +79,10 @@ def compare(model, normals, tests):
     pixel, pixel_error = moved(
         lambda x, i: roc_auc_score(masks[i].ravel(), x[i].ravel()), exact_maps, fast_maps, draws[:20]
     )
-    changed = float(((exact >= threshold(exact_normals)) != (fast >= threshold(fast_normals))).mean())
+    changed = [
+        float(((exact >= threshold(exact_normals, rate)) != (fast >= threshold(fast_normals, rate))).mean())
+        for rate in RATES
+    ]
     return {
         "image_auroc": float(roc_auc_score(labels, exact)),
         "image_moved": image,
@@ -87,14 +90,14 @@ def compare(model, normals, tests):
         "pixel_auroc": float(roc_auc_score(masks.ravel(), exact_maps.ravel())),
         "pixel_moved": pixel,
         "pixel_error": pixel_error,
-        "verdicts_changed": changed,
+        "verdicts_changed": dict(zip(map(str, RATES), changed, strict=True)),
         "tests": len(labels),
         "normals": len(exact_normals),
         "scores_moved": float(np.median(np.abs(fast - exact) / exact.std())),  # in standard deviations
         "accepted": bool(
             abs(image) <= max(MOST_AUROC, 2 * image_error)
             and abs(pixel) <= max(MOST_AUROC, 2 * pixel_error)
-            and changed <= max(MOST_VERDICTS, 1 / len(labels))
+            and changed[0] <= max(MOST_VERDICTS, 1 / len(labels))
         ),
     }
 

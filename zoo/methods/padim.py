@@ -14,7 +14,7 @@ code's centre crop (preset `original` has it).
 import logging
 import math
 import time
-from itertools import pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -80,6 +80,7 @@ class PaDiM(AnomalyModule):
             self.hparams.dims = total
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: self.dims]
         self.register_buffer("subset", chosen.sort().values)  # (d,)
+        self.shares = self._shares()
         self.register_buffer("center", torch.empty(0, self.dims))  # (P, d) mean of each position
         self.register_buffer("whitening", torch.empty(0, self.dims, self.dims))  # (P, d, d): W^T W = covariance^-1
         self.grid: tuple[int, int] | None = None
@@ -90,14 +91,16 @@ class PaDiM(AnomalyModule):
         """Images (B, C, H, W) -> chosen channels of all layers, by position of the first layer's grid (P, B, d)."""
         maps = self.features(self.prepare(images))
         self.grid = tuple(maps[0].shape[-2:])
-        chosen = [m[:, index].float() for m, index in zip(maps, self._by_layer(), strict=True)]  # (B, d_i, h_i, w_i)
+        begins = accumulate([0, *self.features.channels])
+        layers = zip(maps, self.subset.split(self.shares), begins, strict=False)
+        chosen = [m[:, index - begin].float() for m, index, begin in layers if len(index)]  # (B, d_i, h_i, w_i)
         joined = torch.cat([F.interpolate(m, self.grid, mode="nearest") for m in chosen], 1)  # (B, d, h, w)
         return joined.flatten(2).permute(2, 0, 1).contiguous()
 
-    def _by_layer(self) -> list[Tensor]:
-        """Chosen channels of each layer (d_i,); all together they are the sorted subset."""
-        ends = torch.tensor([0, *self.features.channels], device=self.subset.device).cumsum(0)
-        return [self.subset[(self.subset >= a) & (self.subset < b)] - a for a, b in pairwise(ends)]
+    def _shares(self) -> list[int]:
+        """Channels that are chosen of each layer; the subset is sorted."""
+        ends = torch.tensor([0, *self.features.channels]).cumsum(0)
+        return torch.searchsorted(self.subset.cpu(), ends).diff().tolist()
 
     def observe(self, batch: Batch, sign: int = 1) -> None:
         """Add to the sums over images of x and of x x^T; with sign -1, take away."""
@@ -239,3 +242,4 @@ class PaDiM(AnomalyModule):
         row, column = torch.tril_indices(self.dims, self.dims, device=packed.device)
         full[:, row, column] = packed
         super()._load_from_state_dict(state | {f"{prefix}whitening": full}, prefix, *args)
+        self.shares = self._shares()
