@@ -122,18 +122,21 @@ def test_the_bank_is_the_mean_of_the_untrained_descriptor_and_halves_merge():
 def test_descriptor_sees_pooled_layers_and_coordinates():
     model = CFA(backbone=LITE0, input_size=[64, 96])
     seen = []
-    model.descriptor.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    model.descriptor.register_forward_pre_hook(lambda module, args: seen.extend(args[0]))
     batch = torch.rand(1, 1, 64, 96, generator=torch.Generator().manual_seed(0))
-    model.describe(batch)
-    joined = seen[0]
-    assert joined.shape == (1, 24 + 40 + 112 + 2, 16, 24)
-    rows, columns = joined[0, -2:]
+    described = model.describe(batch)
+    *levels, place = seen
+    assert [tuple(level.shape) for level in levels] == [(1, 24, 16, 24), (1, 40, 8, 12), (1, 112, 4, 6)]
+    rows, columns = place[0]
     np.testing.assert_allclose(rows[:, 0], 2 * np.arange(16) / 15 - 1, atol=1e-6)
     np.testing.assert_allclose(columns[3], 2 * np.arange(24) / 23 - 1, atol=1e-6)
     first = model.features(model.prepare(batch))[0][0].numpy()
     padded = np.pad(first, ((0, 0), (1, 1), (1, 1)))
     pooled = sum(padded[:, y : y + 16, x : x + 24] for y in range(3) for x in range(3)) / 9  # padding counts
-    np.testing.assert_allclose(joined[0, :24], pooled, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(levels[0][0], pooled, rtol=1e-4, atol=1e-4)
+    joined = torch.cat([F.interpolate(level, (16, 24), mode="bilinear") for level in levels] + [place], 1)
+    expected = F.conv2d(joined, model.descriptor.weight, model.descriptor.bias)  # as the paper has it: joined, then 1x1
+    torch.testing.assert_close(described, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_wide_resnet_has_3_2_million_parameters_to_learn():

@@ -14,7 +14,12 @@ from zoo.card_words import capital, count, has, of, paragraphs, were
 from zoo.methods import about
 from zoo.naming import FURTHER, METRICS
 
-PRECISIONS = {"32-true": "float32", "16-mixed": "mixed float16", "bf16-mixed": "mixed bfloat16"}
+PRECISIONS = {
+    "32-true": "float32",
+    "16-mixed": "mixed float16",
+    "bf16-mixed": "mixed bfloat16",
+    "fast": "the fast mode",
+}
 READINGS = ("held_out", "full", "last")  # in order
 
 

@@ -11,7 +11,7 @@ HIGHEST = 2**64  # of an integer: a seed is below
 # Characters that a terminal obeys or that can't be written: all controls but tab and line feed, and half surrogates.
 _UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed", "fast"]
 
 
 class Backbone(TypedDict):

@@ -82,7 +82,7 @@ def _weights(old: int, new: int, antialias: bool) -> Tensor:
 # ---- stand-ins -------------------------------------------------------------------------------------------------------
 
 
-def nearest(queries: Tensor, bank: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+def nearest(queries: Tensor, bank: Tensor, k: int = 1, fast: bool = False) -> tuple[Tensor, Tensor]:
     """As `zoo.nn.coreset.nearest`, at once and without its search in doubles; distances are of differences too."""
     centre = bank.mean(0)
     centred = bank - centre

@@ -3,7 +3,7 @@
 import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -22,6 +22,7 @@ from zoo.image import read_mask, resize
 from zoo.learning import Batch, LearningModule
 from zoo.metrics import AnomalyMetrics
 from zoo.metrics.bootstrap import image_tables
+from zoo.nn.fast import fast_mode
 from zoo.regions import Region, find_regions
 from zoo.sem import read_sem
 from zoo.tiles import by_tiles
@@ -321,8 +322,10 @@ class AnomalyModule(LearningModule):
         found = self._judge(scores, roi, [len(one.array) for one in group])
         return [one._replace(pixel_nm=brought.pixel_nm) for one, brought in zip(found, group, strict=True)]
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self) -> AbstractContextManager[Any]:
         """The precision in which the model was fitted and calibrated, for a forward outside of a Trainer."""
+        if self.precision == "fast":
+            return fast_mode(self.device)
         half = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
         return torch.autocast(self.device.type, half, enabled=half is not None)
 

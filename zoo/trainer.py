@@ -11,12 +11,14 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from zoo import ranks
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.errors import ZooError
+from zoo.nn.fast import fast_mode
 from zoo.ranks import launched
 from zoo.resume import WholeFiles
 from zoo.run import RunOptions, device_of
@@ -27,18 +29,31 @@ def first_speaks(run: RunOptions) -> RunOptions:
     return replace(run, progress=False, say=RunOptions.say) if launched()[0] else run
 
 
+class FastPrecision(Precision):
+    """Steps of all kinds run in the fast mode."""
+
+    precision = "fast"
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def forward_context(self) -> contextlib.AbstractContextManager[None]:
+        return fast_mode(self.device)
+
+
 def make_trainer(run: RunOptions, callbacks: Sequence[L.Callback] = (), **options: Any) -> L.Trainer:
     device = device_of(run.device)
     _, world, local = launched()
     count = local if world > 1 else run.devices
+    fast = [FastPrecision(device)] if run.precision == "fast" else []
     one_of_many = device.type == "cuda" and count == 1
     return L.Trainer(
         accelerator="gpu" if device.type == "cuda" else device.type,
         devices=[device.index or 0] if one_of_many else count,
         num_nodes=max(world // local, 1),
         strategy=DDPStrategy(timeout=ranks.PATIENCE) if max(world, count) > 1 else "auto",
-        plugins=[WholeFiles(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
-        precision=run.precision,
+        plugins=[WholeFiles(), *fast, *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
+        precision=None if fast else run.precision,
         logger=False,
         enable_checkpointing=False,
         enable_model_summary=False,

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.module import AnomalyModule, Batch, Scores
+from zoo.nn.fast import infer
 from zoo.nn.maps import resize_map
 from zoo.nn.precision import full_precision
 from zoo.nn.seed import seeded
@@ -167,7 +168,7 @@ class FAnoGAN(AnomalyModule):
 
     def rebuilt(self, x: Tensor) -> Tensor:
         """What the generator makes of the noise found in images (B, C, S, S), float32."""
-        return self.generator(self.encoder(x)).float()
+        return infer(self.generator, infer(self.encoder, x)).float()
 
     def distances(self, x: Tensor, rebuilt: Tensor) -> tuple[Tensor, Tensor]:
         """Mean squared distances (B,) of pairs of images (B, C, S, S) float32, and of the critic's features of them."""

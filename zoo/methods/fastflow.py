@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.module import AnomalyModule, Batch, Scores
+from zoo.nn.fast import infer
 from zoo.nn.features import FeatureExtractor
 from zoo.nn.maps import masked_to_roi, resize_map
 from zoo.nn.seed import seeded
@@ -159,7 +160,7 @@ class FlowStep(nn.Module):
 
     def coupling(self, x1: Tensor) -> tuple[Tensor, Tensor]:
         """First half of the channels -> log-scale and shift of the second, in the precision of what flows."""
-        scale, shift = (DAMPING * self.subnet(x1).to(x1.dtype)).chunk(2, 1)
+        scale, shift = (DAMPING * infer(self.subnet, x1).to(x1.dtype)).chunk(2, 1)
         return CLAMP * scale.tanh(), shift
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:

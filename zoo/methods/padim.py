@@ -14,6 +14,7 @@ code's centre crop (preset `original` has it).
 import logging
 import math
 import time
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.module import AnomalyModule, Batch, Scores
 from zoo.nn.features import FeatureExtractor
-from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
+from zoo.nn.maps import masked_to_roi, resize_map, smooth_map
 from zoo.nn.precision import full_precision
 
 BLOCKS = 4  # block rows in which the symmetric products are kept
@@ -79,6 +80,7 @@ class PaDiM(AnomalyModule):
             self.hparams.dims = total
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: self.dims]
         self.register_buffer("subset", chosen.sort().values)  # (d,)
+        self.shares = self._shares()
         self.register_buffer("center", torch.empty(0, self.dims))  # (P, d) mean of each position
         self.register_buffer("whitening", torch.empty(0, self.dims, self.dims))  # (P, d, d): W^T W = covariance^-1
         self.grid: tuple[int, int] | None = None
@@ -89,8 +91,16 @@ class PaDiM(AnomalyModule):
         """Images (B, C, H, W) -> chosen channels of all layers, by position of the first layer's grid (P, B, d)."""
         maps = self.features(self.prepare(images))
         self.grid = tuple(maps[0].shape[-2:])
-        joined = torch.cat([F.interpolate(m.float(), self.grid, mode="nearest") for m in maps], 1)
-        return joined[:, self.subset].flatten(2).permute(2, 0, 1).contiguous()
+        begins = accumulate([0, *self.features.channels])
+        layers = zip(maps, self.subset.split(self.shares), begins, strict=False)
+        chosen = [m[:, index - begin].float() for m, index, begin in layers if len(index)]  # (B, d_i, h_i, w_i)
+        joined = torch.cat([F.interpolate(m, self.grid, mode="nearest") for m in chosen], 1)  # (B, d, h, w)
+        return joined.flatten(2).permute(2, 0, 1).contiguous()
+
+    def _shares(self) -> list[int]:
+        """Channels that are chosen of each layer; the subset is sorted."""
+        ends = torch.tensor([0, *self.features.channels]).cumsum(0)
+        return torch.searchsorted(self.subset.cpu(), ends).diff().tolist()
 
     def observe(self, batch: Batch, sign: int = 1) -> None:
         """Add to the sums over images of x and of x x^T; with sign -1, take away."""
@@ -176,11 +186,11 @@ class PaDiM(AnomalyModule):
                     row[where] = lower[:, first:end, :end]
 
     def forward(self, images: Tensor, roi: Tensor | None = None) -> Scores:
-        x = self.embed(images) - self.center[:, None]  # (P, B, d)
+        x = (self.embed(images) - self.center[:, None]).mT  # (P, d, B)
         with full_precision(x):
-            distance = torch.bmm(x, self.whitening.transpose(1, 2)).norm(dim=2)  # (P, B)
+            distance = torch.bmm(self.whitening, x).norm(dim=1)  # (P, B)
         maps = distance.T.unflatten(1, (1, *self.grid))  # (B, 1, h, w)
-        maps = gaussian_blur(resize_map(maps, self.size), self.hparams.sigma)  # (B, 1, *size)
+        maps = smooth_map(maps, self.size, self.hparams.sigma)  # (B, 1, *size)
         return Scores(masked_to_roi(maps, roi).amax(dim=(1, 2, 3)), resize_map(maps, images.shape[-2:]))
 
     def probe(self, batch: Batch) -> None:
@@ -232,3 +242,4 @@ class PaDiM(AnomalyModule):
         row, column = torch.tril_indices(self.dims, self.dims, device=packed.device)
         full[:, row, column] = packed
         super()._load_from_state_dict(state | {f"{prefix}whitening": full}, prefix, *args)
+        self.shares = self._shares()

@@ -22,8 +22,9 @@ from torch import Tensor
 from zoo.errors import ZooError
 from zoo.module import AnomalyModule, Batch, Evidence, Scores
 from zoo.nn.coreset import StreamingCoreset, estimate_search, greedy_coreset, nearest
+from zoo.nn.fast import is_fast
 from zoo.nn.features import FeatureExtractor
-from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
+from zoo.nn.maps import masked_to_roi, resize_map, smooth_map
 from zoo.nn.precision import full_precision
 from zoo.tiles import Tile, tiles_of
 
@@ -189,14 +190,16 @@ class PatchCore(AnomalyModule):
         b, _, h, w = maps.shape
         vectors = maps.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, D)
         with full_precision(vectors):
-            distance, index = nearest(vectors, self.bank, min(self.hparams.neighbours, len(self.bank)))  # (B h w, k)
+            distance, index = nearest(
+                vectors, self.bank, min(self.hparams.neighbours, len(self.bank)), is_fast()
+            )  # (B h w, k)
         patch = distance.square().mean(1).view(b, 1, h, w)
         inside = masked_to_roi(patch, roi).flatten(1)  # (B, h w)
         image = inside.amax(1)
         if self.hparams.score == "reweighted":
             highest = inside.argmax(1) + torch.arange(b, device=patch.device) * h * w  # (B,)
             image = self._reweight(vectors[highest], index[highest, 0])
-        smooth = gaussian_blur(resize_map(patch, self.size), self.hparams.sigma)  # (B, 1, *size)
+        smooth = smooth_map(patch, self.size, self.hparams.sigma)  # (B, 1, *size)
         return Scores(image, resize_map(smooth, images.shape[-2:]))
 
     def _reweight(self, vectors: Tensor, index: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.module import AnomalyModule, Batch, Scores
+from zoo.nn.fast import infer
 from zoo.nn.features import FeatureExtractor
 from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
 from zoo.nn.seed import seeded
@@ -93,7 +94,7 @@ class RD4AD(AnomalyModule):
     def restore(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """Images (B, C, H, W) -> the encoder's levels and the restored ones, each (B, C_i, h_i, w_i), float32."""
         encoded = self.features(self.prepare(images))
-        decoded = self.decoder(self.bottleneck(encoded), [m.shape[-2:] for m in encoded])
+        decoded = infer(self.decoder, infer(self.bottleneck, encoded), [m.shape[-2:] for m in encoded])
         return [m.float() for m in encoded], [m.float() for m in decoded]
 
     def training_step(self, batch: Batch, index: int) -> Tensor:

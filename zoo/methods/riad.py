@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from zoo.errors import ZooError
 from zoo.module import AnomalyModule, Batch, Scores
+from zoo.nn.fast import infer
 from zoo.nn.maps import masked_to_roi, resize_map
 from zoo.nn.precision import full_precision
 from zoo.nn.seed import seeded
@@ -162,10 +163,10 @@ class UNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         skips = []
         for down in self.down:
-            x = down(x)  # (B, width, H, W), then half the size each time
+            x = infer(down, x)  # (B, width, H, W), then half the size each time
             skips.append(x)
         for up, join, skip in zip(self.up, self.join, reversed(skips[:-1]), strict=True):
-            x = join(torch.cat([up(x), skip], 1))  # twice the size each time
+            x = infer(join, torch.cat([infer(up, x), skip], 1))  # twice the size each time
         with full_precision(x):
             return self.last(x.float()).tanh()
 

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from zoo.nn.fast import candidates, has_bfloat16
+
 TILE = 2048  # vectors a side of one product: 16 MB; blocks of 32 MB and more would be mapped afresh each time
 POOL = 2048  # farthest points that are brought up to date together
 CLOSE = 1e-3  # squared distance over squared norm below which float64 takes over
@@ -375,22 +377,27 @@ def estimate_search(queries, bank_size, dimensions, device):
 
 
 @torch.no_grad()
-def nearest(queries, bank, k=1):
+def nearest(queries, bank, k=1, fast=False):
     """The k nearest in `bank` (M, D) of each of `queries` (Q, D), exactly, in tiles of bounded size.
 
     Returns Euclidean distances (Q, k) float32, ascending, and indices (Q, k) int64. A product finds the neighbours; the
-    distances then come from the differences, so that a copy is at 0. Raises ValueError unless 1 <= k <= M.
+    distances then come from the differences, so that a copy is at 0. With `fast` the product is one of bfloat16, where
+    the device computes in it: of vectors that are about as near another may be found. Raises ValueError unless
+    1 <= k <= M.
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k must be between 1 and the {len(bank)} vectors of the bank, not {k}")
     centre = _centre(bank)
     distances, indices = [], []
     for part in queries.float().split(TILE):
-        index = _search(part - centre, bank, centre, k)[1]  # (q, k)
+        if fast and has_bfloat16(part.device):
+            index = candidates(part - centre, bank, centre, k)  # (q, c)
+        else:
+            index = _search(part - centre, bank, centre, k)[1]  # (q, k)
         square = [(part - bank[column].float()).square_().sum(1) for column in index.T]
         distance, order = torch.stack(square, 1).sqrt_().sort(dim=1, stable=True)
-        distances.append(distance)
-        indices.append(index.gather(1, order))
+        distances.append(distance[:, :k])
+        indices.append(index.gather(1, order)[:, :k])
     return torch.cat(distances), torch.cat(indices)
 
 

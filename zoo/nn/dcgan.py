@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from zoo.nn.fast import infer
 from zoo.nn.precision import full_precision
 
 SMALLEST = 4  # positions a side of the smallest maps
@@ -34,7 +35,7 @@ class Encoder(nn.Module):
         self.apply(start)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.encode(self.maps(images))
+        return self.encode(infer(self.maps, images))
 
     def encode(self, maps: Tensor) -> Tensor:
         """Maps (B, width * S / 8, 4, 4) -> codes (B, code, 1, 1)."""
@@ -43,7 +44,7 @@ class Encoder(nn.Module):
 
     def levels(self, images: Tensor) -> list[Tensor]:
         """All maps: (B, width, S / 2, S / 2), (B, 2 * width, S / 4, S / 4), ... (B, width * S / 8, 4, 4)."""
-        return list(accumulate(self.maps, lambda maps, block: block(maps), initial=images))[1:]
+        return list(accumulate(self.maps, lambda maps, block: infer(block, maps), initial=images))[1:]
 
 
 class Decoder(nn.Module):
@@ -66,9 +67,9 @@ class Decoder(nn.Module):
 
     def forward(self, codes: Tensor, levels: Sequence[Tensor] = ()) -> Tensor:
         """`levels` are the encoder's; needed where there are skips."""
-        x = self.first(codes)  # (B, width * S / 8, 4, 4)
+        x = infer(self.first, codes)  # (B, width * S / 8, 4, 4)
         for level, block in zip(range(len(self.blocks), 0, -1), self.blocks, strict=True):
-            x = block(torch.cat([x, levels[level]], 1) if level < self.skips else x)  # twice the size
+            x = infer(block, torch.cat([x, levels[level]], 1) if level < self.skips else x)  # twice the size
         if self.skips:
             x = torch.cat([x, levels[0]], 1)  # (B, 2 * width, S / 2, S / 2)
         with full_precision(x):

@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
+from functools import partial
 from pathlib import Path
 
 import timm
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.nn.fast import infer
 from zoo.paths import user_path
 
 LITE0 = "tf_efficientnet_lite0"
@@ -91,10 +93,14 @@ def intermediates(trunk: nn.Module, images: Tensor, indices: list[int]) -> list[
     """
     images = images.contiguous(memory_format=torch.channels_last)
     try:
-        return trunk.forward_intermediates(images, indices=indices, intermediates_only=True, stop_early=True)
+        return infer(trunk, images, call=partial(_levels, indices))
     except AssertionError as error:  # timm's own check
         name, size = trunk.pretrained_cfg["architecture"], trunk.pretrained_cfg["input_size"][-1]
         raise ZooError(f"{name} refuses images of this size ({error}); give --input-size {size}.") from error
+
+
+def _levels(indices: list[int], trunk: nn.Module, images: Tensor) -> list[Tensor]:
+    return trunk.forward_intermediates(images, indices=indices, intermediates_only=True, stop_early=True)
 
 
 def _layers_of_strides(backbone: str, info: Sequence[dict], strides: Sequence[int]) -> list[int]:

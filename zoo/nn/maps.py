@@ -10,18 +10,35 @@ from zoo.nn.precision import full_precision
 def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
     """Smooth maps (B, 1, H, W) as `scipy.ndimage.gaussian_filter` does: truncated at 4 sigma, edge pixels mirrored.
 
-    In float32 under any mixed precision, which would round what convolutions give.
+    In float32 under any mixed precision, which would round what products give.
     """
-    radius = int(4 * sigma + 0.5)
-    x = torch.arange(-radius, radius + 1, dtype=torch.float64)
-    kernel = torch.exp(-0.5 * (x / sigma) ** 2)
-    maps = maps.float()
-    kernel = (kernel / kernel.sum()).to(maps)
-    rows = _mirror(maps.shape[-2], radius, maps.device)
-    columns = _mirror(maps.shape[-1], radius, maps.device)
+    return smooth_map(maps, maps.shape[-2:], sigma)
+
+
+def smooth_map(maps: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
+    """Maps (B, 1, h, w) -> (B, 1, H, W): `resize_map`, then `gaussian_blur`.
+
+    Both are linear along rows and along columns: a product with one matrix a side takes a tenth of the time that the
+    resizing and two convolutions take (224 x 224 of 56 x 56, CPU).
+    """
+    rows, columns = (
+        _smoothing(before, after, sigma, maps.device) for before, after in zip(maps.shape[-2:], size, strict=True)
+    )
     with full_precision(maps):
-        maps = F.conv2d(maps[..., rows, :], kernel.view(1, 1, -1, 1))
-        return F.conv2d(maps[..., columns], kernel.view(1, 1, 1, -1))
+        return rows @ maps.float() @ columns.T  # (H, h) (B, 1, h, w) (w, W)
+
+
+def _smoothing(before: int, after: int, sigma: float, device: torch.device) -> Tensor:
+    """The matrix (after, before) that resizes a row of so many values and smooths it."""
+    radius = int(4 * sigma + 0.5)
+    x = torch.arange(-radius, radius + 1, dtype=torch.float64, device=device)
+    kernel = torch.exp(-0.5 * (x / sigma) ** 2)
+    resized = torch.eye(before, dtype=torch.float64, device=device)
+    if before != after:
+        resized = F.interpolate(resized[None], after, mode="linear", align_corners=False)[0]  # (before, after)
+    mirrored = resized[:, _mirror(after, radius, device)]  # (before, after + 2 radius)
+    smooth = F.conv1d(mirrored[:, None], (kernel / kernel.sum()).view(1, 1, -1))  # (before, 1, after)
+    return smooth[:, 0].T.float()
 
 
 def _mirror(size: int, radius: int, device: torch.device) -> Tensor:
