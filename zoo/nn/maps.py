@@ -31,20 +31,16 @@ def smooth_map(maps: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
 def _smoothing(before: int, after: int, sigma: float, device: torch.device) -> Tensor:
     """The matrix (after, before) that resizes a row of so many values and smooths it."""
     radius = int(4 * sigma + 0.5)
-    x = torch.arange(-radius, radius + 1, dtype=torch.float64, device=device)
-    kernel = torch.exp(-0.5 * (x / sigma) ** 2)
-    resized = torch.eye(before, dtype=torch.float64, device=device)
+    offset = torch.arange(-radius, radius + 1, device=device)  # (taps,)
+    kernel = torch.exp(-0.5 * (offset.double() / sigma) ** 2)
+    seen = (torch.arange(after, device=device)[:, None] + offset) % (2 * after)  # (after, taps)
+    seen = torch.where(seen < after, seen, 2 * after - 1 - seen)  # reflected at the edges, the edge pixel repeated
+    matrix = torch.zeros(after, after, dtype=torch.float64, device=device)
+    matrix = matrix.scatter_add(1, seen, (kernel / kernel.sum()).expand(after, -1))
     if before != after:
-        resized = F.interpolate(resized[None], after, mode="linear", align_corners=False)[0]  # (before, after)
-    mirrored = resized[:, _mirror(after, radius, device)]  # (before, after + 2 radius)
-    smooth = F.conv1d(mirrored[:, None], (kernel / kernel.sum()).view(1, 1, -1))  # (before, 1, after)
-    return smooth[:, 0].T.float()
-
-
-def _mirror(size: int, radius: int, device: torch.device) -> Tensor:
-    """Indices -radius .. size + radius - 1, reflected at the edges with the edge pixel repeated."""
-    index = torch.arange(-radius, size + radius, device=device) % (2 * size)
-    return torch.where(index < size, index, 2 * size - 1 - index)
+        unit = torch.eye(before, dtype=torch.float64, device=device)[None]  # each row a unit vector
+        matrix = matrix @ F.interpolate(unit, after, mode="linear", align_corners=False)[0].T
+    return matrix.float()
 
 
 def resize_map(maps: Tensor, size: tuple[int, int]) -> Tensor:
