@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import math
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,6 +29,19 @@ def first_speaks(run: RunOptions) -> RunOptions:
     return replace(run, progress=False, say=RunOptions.say) if launched()[0] else run
 
 
+class Bar(TQDMProgressBar):
+    """Shows new losses once a second: for each of them the host waits until the device has it."""
+
+    def __init__(self) -> None:
+        super().__init__(leave=True)
+        self.read, self.shown = -math.inf, {}  # when, and what
+
+    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+        if (now := time.monotonic()) >= self.read + 1:
+            self.read, self.shown = now, super().get_metrics(trainer, module)
+        return self.shown
+
+
 def make_trainer(run: RunOptions, callbacks: Sequence[L.Callback] = (), **options: Any) -> L.Trainer:
     device = device_of(run.device)
     _, world, local = launched()
@@ -43,7 +58,7 @@ def make_trainer(run: RunOptions, callbacks: Sequence[L.Callback] = (), **option
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=run.progress,
-        callbacks=[*callbacks, *([TQDMProgressBar(leave=True)] if run.progress else [])],
+        callbacks=[*callbacks, *([Bar()] if run.progress else [])],
         num_sanity_val_steps=0,
         **options,
     )
