@@ -136,8 +136,8 @@ class LearningModule(L.LightningModule):
     def tell(self, **values: Tensor) -> None:
         """Log scalars of a training step: `fit` reports and records them."""
         self.told |= {name: value.detach() for name, value in values.items()}
-        if self._trainer is not None:
-            self.log_dict({name: self.told[name] for name in values}, prog_bar=True)
+        if self._trainer is not None:  # not for Lightning's bar, for which each value is waited for at once
+            self.log_dict({name: self.told[name] for name in values})
 
     def configure_optimizers(self) -> Any:
         return None

@@ -30,7 +30,7 @@ def first_speaks(run: RunOptions) -> RunOptions:
 
 
 class Bar(TQDMProgressBar):
-    """Shows new losses once a second: for each of them the host waits until the device has it."""
+    """Shows the losses of a step once a second: for each of them the host waits until the device has it."""
 
     def __init__(self) -> None:
         super().__init__(leave=True)
@@ -38,8 +38,8 @@ class Bar(TQDMProgressBar):
 
     def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
         if (now := time.monotonic()) >= self.read + 1:
-            self.read, self.shown = now, super().get_metrics(trainer, module)
-        return self.shown
+            self.read, self.shown = now, {name: float(value) for name, value in module.told.items()}
+        return super().get_metrics(trainer, module) | self.shown
 
 
 def make_trainer(run: RunOptions, callbacks: Sequence[L.Callback] = (), **options: Any) -> L.Trainer:
