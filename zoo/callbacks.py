@@ -57,11 +57,10 @@ class NotFinite(ZooError):
 class Finite(L.Callback):
     """Stops a fit after a loss or gradient that is not finite, and gives the module its last good state.
 
-    It looks every tenth step, at the end of each tenth of the fit, and before weights are kept or measured. The steps
-    in between are lost then, which is nothing: the weights before them may have been ruined already, and were not kept
-    either. Good are those that `KeepBest` likes best, if there are any;
-    else those at the end of the tenth of the fit with the lowest loss (of the last one, where several optimisers play a
-    game), once they have given finite losses; else the first ones.
+    It looks in every tenth step, at the end of each tenth of the fit, and before weights are measured or kept. What was
+    learned since the last look is lost then, as before: the weights may have been ruined already. Good are those that
+    `KeepBest` likes best, if there are any; else those at the end of the tenth of the fit with the lowest loss (of the
+    last one, where several optimisers play a game), once they have given finite losses; else the first ones.
 
     Args:
         steps: optimiser steps of the whole fit.

@@ -286,6 +286,7 @@ class StreamingCoreset:
         if limit < CLOSE * norms.max():
             rows, norms = rows.double(), norms.double()
         alive = torch.arange(len(rows), device=rows.device)
+        # A GPU is asked once a tile how many rows are left: to go on with all of them would cost many times as much.
         for first in range(0, self.count, TILE // 2):
             tile = self.vectors[first : min(first + TILE // 2, self.count)] - centre
             square = _products(rows[alive], tile.to(rows))  # (b, T)
