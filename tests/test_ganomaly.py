@@ -153,8 +153,9 @@ def test_one_step_is_one_of_each_adam():
 
 
 def test_a_discriminator_that_has_won_starts_anew(monkeypatch):
-    """With weights drawn from the seed and the step, after each step whose loss counts as collapsed."""
+    """With weights drawn from the seed and the step, after each step that is looked at and counts as collapsed."""
     monkeypatch.setattr("zoo.methods.ganomaly.COLLAPSED", 1e9)
+    monkeypatch.setattr("zoo.methods.ganomaly.LOOK", 3)
     model = build()
     train(model)  # 4 steps
     expected = build().discriminator

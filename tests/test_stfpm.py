@@ -12,6 +12,7 @@ from zoo.data.datamodule import AnomalyDataModule
 from zoo.errors import ZooError
 from zoo.evaluation import evaluate
 from zoo.fit import fit
+from zoo.hub import from_pretrained
 from zoo.methods import create_model
 from zoo.methods.stfpm import PRESETS, STFPM
 from zoo.module import Batch
@@ -232,3 +233,12 @@ def test_sizes_that_can_not_be_learned_from_are_told():
             STFPM(backbone=LITE0, layers=[4], input_size=32)
         with pytest.raises(ZooError, match="--input-size 224"):
             STFPM(backbone="vit_tiny_patch16_224", layers=[3, 6, 9], input_size=64)
+
+
+def test_a_model_is_loaded_where_nothing_has_gradients(tmp_path):
+    """The student tries itself out while it is built."""
+    model = STFPM(backbone=LITE0, input_size=64).eval()
+    place = model.save_pretrained(tmp_path / "model")
+    with torch.inference_mode():
+        again = from_pretrained(place)
+    assert all(own.equal(other) for own, other in zip(model.parameters(), again.parameters(), strict=True))

@@ -143,6 +143,40 @@ def test_what_is_not_finite_stops_the_fit_and_the_state_before_it_is_kept(method
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize(
+    ("what", "at", "steps", "found"),
+    [("loss", 3, 40, 10), ("gradient", 3, 40, 10), ("gradient", 13, 14, 14), ("loss", 25, 40, 30)],
+)
+def test_it_is_found_in_the_next_tenth_step_or_at_the_end(what, at, steps, found):
+    """The step is named in which it came about; the state is that of the last tenth of the fit, here the first one."""
+    model, taken = create_model("stfpm", "lite", input_size=64), []
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    class Count(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            taken.append(module.steps_taken)
+
+    data = AnomalyDataModule(load_data(DATA), input_size=(64, 64), batch_size=10)
+    watches = [Count(), MaxSteps(steps), Finite(400), Poison(at, what)]
+    with pytest.raises(NotFinite, match=f"The {what} is not finite at step {at + 1}; ") as caught:
+        trainer_of(20, *watches).fit(model, datamodule=data)
+    assert caught.value.step == 0 and taken[-1] == found
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_what_is_not_finite_is_in_no_checkpoint(tmp_path):
+    class Save(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if module.steps_taken == 5:
+                trainer.save_checkpoint(tmp_path / "x.ckpt")
+
+    model = create_model("stfpm", "lite", input_size=64)
+    data = AnomalyDataModule(load_data(DATA), input_size=(64, 64), batch_size=10)
+    with pytest.raises(NotFinite, match="step 4"):
+        trainer_of(20, Finite(400), Poison(3, "loss"), Save()).fit(model, datamodule=data)
+    assert not (tmp_path / "x.ckpt").exists()
+
+
 def test_a_fit_that_diverges_leaves_a_model_to_look_at(capsys):
     """A real one: a learning rate of 1e30."""
     arguments = ["--preset", "lite", "--input-size", "64", "--lr", "1e30", "--max-steps", "50"]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from zoo import ranks
 from zoo.errors import ZooError
+from zoo.learning import LOOK
 from zoo.metrics import AnomalyMetrics
 from zoo.module import AnomalyModule, Batch
 
@@ -54,11 +55,12 @@ class NotFinite(ZooError):
 
 
 class Finite(L.Callback):
-    """Stops a fit at a loss or gradient that is not finite, and gives the module its last good state.
+    """Stops a fit after a loss or gradient that is not finite, and gives the module its last good state.
 
-    The weights just before may have been ruined already. Good are those that `KeepBest` likes best, if there are any;
-    else those at the end of the tenth of the fit with the lowest loss (of the last one, where several optimisers play a
-    game), once they have given finite losses; else the first ones.
+    It looks in every tenth step, at the end of each tenth of the fit, and before weights are measured or kept. What was
+    learned since the last look is lost then, as before: the weights may have been ruined already. Good are those that
+    `KeepBest` likes best, if there are any; else those at the end of the tenth of the fit with the lowest loss (of the
+    last one, where several optimisers play a game), once they have given finite losses; else the first ones.
 
     Args:
         steps: optimiser steps of the whole fit.
@@ -69,37 +71,56 @@ class Finite(L.Callback):
         self.lowest, self.losses = math.inf, []  # mean of the best tenth, and the losses of this one
         self.good: tuple[int, dict[str, Tensor]] | None = None  # step and state
         self.next, self.end = self.good, 0  # the one to be proven by a finite loss, and the step that ends this tenth
+        self.told: list[tuple[int, str, Tensor]] = []  # since the last look: step, "loss" or "gradient", and its value
+        self.looked = 0  # step of the last look
 
     def on_train_batch_start(self, trainer: L.Trainer, module: AnomalyModule, *_: Any) -> None:
         if self.good is None:
             self.good = self.next = (module.steps_taken, _learned_state(module))
-            self.end = module.steps_taken + self.every
+            self.end, self.looked = module.steps_taken + self.every, module.steps_taken
 
     def on_before_backward(self, trainer: L.Trainer, module: AnomalyModule, loss: Tensor) -> None:
-        finite = bool(loss.isfinite())
-        if not trainer.strategy.reduce_boolean_decision(finite):  # one answer for all processes
-            where = " in another process" * finite
-            self._stop(trainer, module, f"The loss is not finite{where}")
-        if module.automatic_optimization:  # else the other losses of this step are to be seen first
-            self.good = self.next
-        self.losses.append(float(loss.detach()))
+        self.told.append((module.steps_taken, "loss", loss.detach().float()))
 
     def on_before_optimizer_step(self, trainer: L.Trainer, module: AnomalyModule, optimizer: Any) -> None:
         if trainer.precision == "16-mixed":  # its scaler looks for itself, and skips such steps
             return
         squares = [p.grad.float().square().sum() for p in module.learned_parameters() if p.grad is not None]
-        if not torch.stack(squares).sum().isfinite():
-            self._stop(trainer, module, "The gradient is not finite")
+        self.told.append((module.steps_taken, "gradient", torch.stack(squares).sum()))
 
     def on_train_batch_end(self, trainer: L.Trainer, module: AnomalyModule, *_: Any) -> None:
-        if not module.automatic_optimization:
-            self.good = self.next
+        if module.steps_taken < min(self.end, self.looked + LOOK):
+            return
+        self.look(trainer, module)
         if module.steps_taken < self.end:
             return
         mean = sum(self.losses) / len(self.losses)
         if mean <= self.lowest or not module.automatic_optimization:
             self.lowest, self.next = mean, (module.steps_taken, _learned_state(module))
         self.losses, self.end = [], module.steps_taken + self.every
+
+    def on_train_end(self, trainer: L.Trainer, module: AnomalyModule) -> None:
+        self.look(trainer, module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: AnomalyModule, checkpoint: dict[str, Any]) -> None:
+        self.look(trainer, module)
+
+    def look(self, trainer: L.Trainer, module: AnomalyModule) -> None:
+        """Stop the fit unless all that was told since the last look is finite."""
+        told, self.told, self.looked = self.told, [], module.steps_taken
+        if not told:
+            return
+        values = torch.stack([value for *_, value in told]).tolist()
+        own = next((i for i, value in enumerate(values) if not math.isfinite(value)), len(told))
+        first = min(ranks.gather(own))  # one answer for all processes, which have told the same in the same order
+        # One finite loss proves the state before it; where there are several in a step, all of one step do.
+        if first == len(told) or first and (module.automatic_optimization or told[first][0] > told[0][0]):
+            self.good = self.next
+        if first < len(told):
+            step, what, _ = told[first]
+            where = " in another process" * (own > first)
+            self._stop(trainer, module, f"The {what} is not finite{where} at step {step + 1}")
+        self.losses += [value for (_, what, _), value in zip(told, values, strict=True) if what == "loss"]
 
     def _stop(self, trainer: L.Trainer, module: AnomalyModule, what: str) -> None:
         best = [(keeper.step, keeper.state) for keeper in trainer.callbacks if isinstance(keeper, KeepBest)]
@@ -109,7 +130,7 @@ class Finite(L.Callback):
         cure = f"lower {' or '.join(rates) or 'the learning rate'}"
         if trainer.precision != "32-true":
             cure += ", or fit with --precision 32-true"
-        raise NotFinite(f"{what} at step {module.steps_taken + 1}; {cure}", step)
+        raise NotFinite(f"{what}; {cure}", step)
 
 
 def _learned_state(module: AnomalyModule) -> dict[str, Tensor]:
@@ -156,7 +177,7 @@ class Losses(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: AnomalyModule, *_: Any) -> None:
         for name, value in module.told.items():
-            self.sums[name] = self.sums.get(name, 0) + value.cpu()
+            self.sums[name] = self.sums.get(name, 0) + value  # on the device: the host waits when it reports
             self.counts[name] = self.counts.get(name, 0) + 1
         step, seconds = module.steps_taken, time.monotonic() - self.begin
         tenth = step * PARTS // self.steps
@@ -242,6 +263,9 @@ class KeepBest(L.Callback):
 
     @torch.no_grad()
     def _measure(self, trainer: L.Trainer, module: AnomalyModule) -> None:
+        for watch in trainer.callbacks:
+            if isinstance(watch, Finite):
+                watch.look(trainer, module)
         self.last, self.of = module.steps_taken, module.surprises_by
         if module.phases and int(module.phase) < len(module.phases) - 1:
             return
@@ -275,11 +299,12 @@ class KeepBest(L.Callback):
 
 
 def _surprise(module: AnomalyModule, batches: Iterable[list[Batch]]) -> float:
-    sums = torch.zeros(2, dtype=torch.float64)  # of the pixels, and their number
+    sums = torch.zeros(2, dtype=torch.float64, device=module.device)  # of the pixels, and their number
     for part in (part for parts in batches for part in parts):
         total, number = module.surprise(part.to(module.device))
-        sums += torch.tensor([float(total), number], dtype=torch.float64)
-    total, count = torch.stack(ranks.gather(sums)).sum(0).tolist()
+        sums[0] += total
+        sums[1] += number
+    total, count = torch.stack(ranks.gather(sums.cpu())).sum(0).tolist()
     return total / count
 
 

@@ -117,11 +117,17 @@ def load(folder: str | Path, build: Callable[[dict[str, Any]], "nn.Module"]) -> 
         ZooError: a file that is missing, damaged, foreign or newer, named.
     """
     import torch
+
+    with torch.inference_mode(False), torch.enable_grad():  # whatever the caller is in: a module may try itself out
+        return _load(Path(folder), build)
+
+
+def _load(folder: Path, build: Callable[[dict[str, Any]], "nn.Module"]) -> "tuple[nn.Module, dict]":
+    import torch
     from safetensors.torch import load_file
 
     from zoo.nn.unfilled import Unfilled
 
-    folder = Path(folder)
     config = read_config(folder)
     path = folder / WEIGHTS
     stored = read_header(path)

@@ -19,6 +19,8 @@ from torch import Tensor
 from zoo import checkpoint, ranks
 from zoo.errors import ZooError
 
+LOOK = 10  # steps from one look at what may go wrong to the next: the host waits for a GPU to tell
+
 
 class Batch(NamedTuple):
     """Images (B, 1 or 3, H, W) float in [0, 1], their names and, where known, labels (B,), masks and regions of
@@ -53,6 +55,7 @@ class LearningModule(L.LightningModule):
         super().__init__()
         if self.phases:
             self.register_buffer("phase", torch.zeros((), dtype=torch.long))  # index, of the last step taken
+        self.phase_now = 0  # the same during a fit, where nobody has to wait for the device to tell it
         self.num_train_images = 0
         self.observed, self.pass_length = 0, 0  # batches of an unfinished pass, and of a whole one
         self.plan: dict[str, Any] = {}  # of a training that `fit` runs; a resume must have the same one
@@ -133,8 +136,8 @@ class LearningModule(L.LightningModule):
     def tell(self, **values: Tensor) -> None:
         """Log scalars of a training step: `fit` reports and records them."""
         self.told |= {name: value.detach() for name, value in values.items()}
-        if self._trainer is not None:
-            self.log_dict({name: self.told[name] for name in values}, prog_bar=True)
+        if self._trainer is not None:  # not for Lightning's bar, for which each value is waited for at once
+            self.log_dict({name: self.told[name] for name in values})
 
     def configure_optimizers(self) -> Any:
         return None
@@ -166,6 +169,7 @@ class LearningModule(L.LightningModule):
     def on_train_start(self) -> None:
         self.num_train_images = len(self.trainer.train_dataloader.dataset)
         self.pass_length = self.trainer.num_training_batches
+        self.phase_now = int(self.phase) if self.phases else 0
         if self.phases and self.phase_at(self.steps_planned - 1) < len(self.phases) - 1:
             raise ZooError(
                 f"{self.steps_planned} steps leave none for the phase {self.phases[-1]}; "
@@ -202,8 +206,9 @@ class LearningModule(L.LightningModule):
         key = np.random.SeedSequence([self.hparams.seed, self.current_epoch, index, self.global_rank])
         torch.manual_seed(int(key.generate_state(1, np.uint64)[0] >> 1))
         self.told = {}
-        if self.phases and (phase := self.phase_at(self.steps_taken)) != int(self.phase):
+        if self.phases and (phase := self.phase_at(self.steps_taken)) != self.phase_now:
             self.share_statistics()  # what is frozen from here on is the same everywhere
+            self.phase_now = phase
             self.phase.fill_(phase)
             self.train()  # each phase has its own frozen parts
 

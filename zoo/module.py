@@ -23,11 +23,13 @@ from zoo.learning import Batch, LearningModule
 from zoo.metrics import AnomalyMetrics
 from zoo.metrics.bootstrap import image_tables
 from zoo.nn.fast import fast_mode
+from zoo.nn.transfer import sent
 from zoo.regions import Region, find_regions
 from zoo.sem import read_sem
 from zoo.tiles import by_tiles
 from zoo.view import View
 
+HELD = 2**22  # pixels of maps that wait on the device to be measured together: 16 MB
 _VIEW = {field.name for field in fields(View)}
 
 
@@ -139,6 +141,7 @@ class AnomalyModule(LearningModule):
         self.view, self._other_tiles = View(), False
         self.metrics = AnomalyMetrics()
         self.scored: list[tuple[str, int, float]] = []  # (name, label, score) of the last validation or test
+        self.held: list[tuple[Batch, Scores]] = []  # scored, without their images, and not measured yet
         self.unmarked: list[str] = []  # anomalous ones without a defect pixel in their masks, as scored
         self.tables: list[np.ndarray] | None = None  # of its images' pixels, where somebody asks for them by a list
 
@@ -149,8 +152,9 @@ class AnomalyModule(LearningModule):
         images = resize(images.float(), self.size)
         if images.shape[1] != self.channels:
             images = images.expand(-1, 3, -1, -1) if self.channels == 3 else images.mean(1, keepdim=True)
-        mean, std = (images.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        return (images - mean) / std
+        # Filled on the device: a tensor made from a list would be copied there, and the host would wait for it.
+        mean, std = (torch.stack([images.new_full((1, 1), x) for x in v], 1)[..., None] for v in (self.mean, self.std))
+        return (images - mean) / std  # by (1, channels, 1, 1)
 
     def score_images(self, images: Tensor, roi: Tensor | None = None) -> Scores:
         """`forward` of images (B, 1 or 3, H, W) as the view brings them: by tiles where they are larger than its tile.
@@ -173,20 +177,21 @@ class AnomalyModule(LearningModule):
         """
         return None
 
-    def surprise(self, batch: Batch) -> tuple[Tensor, int]:
+    def surprise(self, batch: Batch) -> tuple[Tensor, int | Tensor]:
         """How unlike what was learned normal images look: sum and number of values, here the pixels of their maps.
 
         `--select normal` keeps the step whose mean is lowest on held-out normal images.
         """
-        maps = self.score_images(batch.image, batch.roi).map  # (B, 1, H, W)
-        maps = maps if batch.roi is None else maps[batch.roi]
-        return maps.double().sum(), maps.numel()
+        maps = self.score_images(batch.image, batch.roi).map.double()  # (B, 1, H, W)
+        if batch.roi is None:
+            return maps.sum(), maps.numel()
+        return maps.where(batch.roi, 0).sum(), batch.roi.sum()
 
     # ---- validation and test -----------------------------------------------------------------------------------------
 
     def on_validation_epoch_start(self) -> None:
         self.metrics.reset()
-        self.scored, self.unmarked = [], []
+        self.scored, self.unmarked, self.held = [], [], []
         self.tables = None if self.tables is None else []
 
     @property
@@ -199,7 +204,15 @@ class AnomalyModule(LearningModule):
             return
         for part in [batch] if isinstance(batch, Batch) else batch:  # a list: one batch for each image size
             scores = self.score_images(part.image, part.roi)
-            self.metrics.update(scores.image, scores.map, part.label, part.mask, part.roi)
+            self.held.append((part._replace(image=None), scores))
+        if sum(scores.map.numel() for _, scores in self.held) >= HELD:
+            self._measure_held()
+
+    def _measure_held(self) -> None:
+        """Take the batches that are held into metrics and lists: here the host waits for the device."""
+        held, self.held = self.held, []
+        self.metrics.update_all([(*scores, part.label, part.mask, part.roi) for part, scores in held])
+        for part, scores in held:
             self.scored += zip(part.name, part.label.tolist(), scores.image.tolist(), strict=True)
             if part.mask is not None:
                 marked = part.mask if part.roi is None else part.mask & part.roi
@@ -209,6 +222,8 @@ class AnomalyModule(LearningModule):
                 self.tables += image_tables(scores.map, part.mask, part.roi)
 
     def on_validation_epoch_end(self) -> None:
+        if self.held:
+            self._measure_held()
         if self.is_fitted and not self.trainer.sanity_checking:
             self.scored, self.unmarked = ranks.gather_list(self.scored), ranks.gather_list(self.unmarked)
             self.tables = None if self.tables is None else ranks.gather_list(self.tables)
@@ -316,9 +331,10 @@ class AnomalyModule(LearningModule):
         images, roi = torch.stack([one.image for one in group]), None
         if any(one.roi is not None for one in group):
             whole = torch.ones_like(images[0, :1], dtype=torch.bool)
-            roi = torch.stack([whole if one.roi is None else one.roi for one in group]).to(self.device)
+            roi = torch.stack([whole if one.roi is None else one.roi for one in group])
         with self.autocast():
-            scores = self.score_images(images.to(self.device), roi)
+            inside = None if roi is None else sent(roi, self.device)
+            scores = self.score_images(sent(images, self.device), inside)
         found = self._judge(scores, roi, [len(one.array) for one in group])
         return [one._replace(pixel_nm=brought.pixel_nm) for one, brought in zip(found, group, strict=True)]
 

@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from zoo.nn.transfer import sent
+
 OVERLAP = 0.25  # of a tile's side, at least, between neighbours
 TILE_BATCH = 8  # tiles scored at once
 
@@ -82,19 +84,19 @@ def by_tiles(score: Scoring, images: Tensor, roi: Tensor | None, tile: int) -> t
 def _blended(score: Scoring, image: Tensor, roi: Tensor | None, tiles: list[Tile]) -> tuple[Tensor, Tensor]:
     """Of one image (1, C, H, W): score () and map (1, 1, H, W)."""
     total, weights = (image.new_zeros(image.shape[-2:]) for _ in range(2))  # (H, W)
-    best = [image.new_tensor(-torch.inf)]
+    best = [image.new_full((1,), -torch.inf)]
     ramp = None
     for first in range(0, len(tiles), TILE_BATCH):
         some = tiles[first : first + TILE_BATCH]
         cut = torch.cat([image[..., tile.rows, tile.columns] for tile in some])  # (b, C, h, w)
         core = torch.cat([_core(tile, cut, roi) for tile in some])  # (b, 1, h, w)
         scores, maps = score(cut, core)
-        best += scores[core.flatten(1).any(1)].float()
-        ramp = _ramp(maps.shape[-2:]).to(total) if ramp is None else ramp  # all tiles have one size
+        best.append(scores.float().where(core.flatten(1).any(1), -torch.inf))  # (b,)
+        ramp = sent(_ramp(maps.shape[-2:]).to(total.dtype), total.device) if ramp is None else ramp  # of one size
         for tile, found in zip(some, maps[:, 0], strict=True):
             total[tile.rows, tile.columns] += ramp * found
             weights[tile.rows, tile.columns] += ramp
-    return torch.stack(best).amax(), total.div_(weights)[None, None]
+    return torch.cat(best).amax(), total.div_(weights)[None, None]
 
 
 def _core(tile: Tile, cut: Tensor, roi: Tensor | None) -> Tensor:

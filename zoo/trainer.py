@@ -2,6 +2,8 @@
 
 import contextlib
 import logging
+import math
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -27,6 +29,19 @@ from zoo.run import RunOptions, device_of
 def first_speaks(run: RunOptions) -> RunOptions:
     """Of several processes only the first one tells and shows progress."""
     return replace(run, progress=False, say=RunOptions.say) if launched()[0] else run
+
+
+class Bar(TQDMProgressBar):
+    """Shows the losses of a step once a second: for each of them the host waits until the device has it."""
+
+    def __init__(self) -> None:
+        super().__init__(leave=True)
+        self.read, self.shown = -math.inf, {}  # when, and what
+
+    def get_metrics(self, trainer: L.Trainer, module: L.LightningModule) -> dict[str, Any]:
+        if (now := time.monotonic()) >= self.read + 1:
+            self.read, self.shown = now, {name: float(value) for name, value in module.told.items()}
+        return super().get_metrics(trainer, module) | self.shown
 
 
 class FastPrecision(Precision):
@@ -58,7 +73,7 @@ def make_trainer(run: RunOptions, callbacks: Sequence[L.Callback] = (), **option
         enable_checkpointing=False,
         enable_model_summary=False,
         enable_progress_bar=run.progress,
-        callbacks=[*callbacks, *([TQDMProgressBar(leave=True)] if run.progress else [])],
+        callbacks=[*callbacks, *([Bar()] if run.progress else [])],
         num_sanity_val_steps=0,
         **options,
     )

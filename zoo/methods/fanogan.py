@@ -122,7 +122,7 @@ class FAnoGAN(AnomalyModule):
     def training_step(self, batch: Batch, index: int) -> None:
         generator, critic, encoder = self.optimizers()
         x = self.mirrored(self.prepare(batch.image))  # (B, C, S, S)
-        if int(self.phase):
+        if self.phase_now:
             with encoder.toggle_model():
                 self.descend(encoder, self.encoder_loss(x))
             return

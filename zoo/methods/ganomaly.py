@@ -8,8 +8,8 @@ the discriminator's features, 50 x |x - x_hat|, 1 x squared distance of the code
 starts anew; score = mean squared distance of the codes.
 Deviations: input is 256 (there 32, of CIFAR), one channel; scores are raw, where there they are stretched over the test
 set; images are scored by BatchNorm's running statistics (there by those of each test batch); the last batch of an epoch
-is not dropped, the batches are of equal size within one image. The map, |x - x_hat|, is an extension of the zoo: the
-original has none.
+is not dropped, the batches are of equal size within one image; the discriminator's loss is looked at in every tenth
+step, there in each. The map, |x - x_hat|, is an extension of the zoo: the original has none.
 """
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.errors import ZooError
+from zoo.learning import LOOK
 from zoo.module import AnomalyModule, Batch, Scores
 from zoo.nn.dcgan import Decoder, Encoder, adversarial_loss, is_power_of_two, start
 from zoo.nn.maps import resize_map
@@ -93,6 +94,8 @@ class GANomaly(AnomalyModule):
             loss = adversarial_loss(self.discriminator(x), self.discriminator(rebuilt.detach()))
             self.tell(discriminator=loss)
             self.descend(discriminator, loss)
+        if self.steps_taken % LOOK:  # one that has won goes on winning, and the host waits for each look
+            return
         if self.trainer.strategy.reduce_boolean_decision(bool(loss < COLLAPSED)):
             with seeded(self.hparams.seed, 1 + self.steps_taken):  # the same in all processes
                 self.discriminator.apply(start)

@@ -24,12 +24,14 @@ from torch import Tensor
 
 from zoo.errors import ZooError
 from zoo.image import read_image
+from zoo.learning import LOOK
 from zoo.module import AnomalyModule, Batch, Scores
 from zoo.nn.dcgan import Decoder, Encoder, adversarial_loss, halvings, is_power_of_two
 from zoo.nn.maps import gaussian_blur, masked_to_roi, resize_map
 from zoo.nn.perlin import perlin_noise
 from zoo.nn.seed import seeded
 from zoo.nn.similarity import RESIDUALS, ssim_distances, unit
+from zoo.nn.transfer import sent
 from zoo.pairs import Pair, abnormal_and_clean
 
 KINDS = ("rectangle", "stroke", "patch", "shift", "perlin")
@@ -149,7 +151,7 @@ class IADInpainting(AnomalyModule):
         generator, discriminator = self.optimizers()
         clean = self.prepare(batch.image)  # (B, C, S, S)
         seen = clean
-        if self.phases[int(self.phase)] == "inpainting":
+        if self.phases[self.phase_now] == "inpainting":
             seen, clean = self.corrupted(clean)
         with generator.toggle_model():
             rebuilt, code = self.rebuild(seen)
@@ -178,7 +180,7 @@ class IADInpainting(AnomalyModule):
         drawn = [self.pairs[i] for i in torch.randint(len(self.pairs), (count,)).tolist()]
         with ThreadPoolExecutor(READERS) as pool:
             images = list(pool.map(self.read, [image for side in zip(*drawn, strict=True) for image in side]))
-        seen, clean = torch.cat(images).to(clean.device).chunk(2)  # (B, C, S, S) each
+        seen, clean = sent(torch.cat(images), clean.device).chunk(2)  # (B, C, S, S) each
         return seen, clean
 
     def read(self, image: Path | dict) -> Tensor:
@@ -210,6 +212,8 @@ class IADInpainting(AnomalyModule):
             return
         spread = codes.float().std(0).mean()
         self.tell(code_std=spread)
+        if self.steps_taken % LOOK:  # codes that have become one stay so, and the host waits for each look
+            return
         if self.trainer.strategy.reduce_boolean_decision(bool(spread < self.hparams.collapsed)):
             raise ZooError(
                 f"All images have the same code at step {self.steps_taken + 1} (standard deviation {spread:.2g}); "
@@ -271,8 +275,8 @@ def paint(kind: str, x: Tensor) -> tuple[Tensor, Tensor]:
         moves = torch.randint(low, high + 1, (2,)) * (2 * torch.randint(2, (2,)) - 1)
         down, across = (moves * torch.tensor([[1, 1], [1, 0], [0, 1]])[torch.randint(3, ())]).tolist()
         return rectangles(count, side, x.device), x.roll((down, across), (2, 3))
-    cells = 2 ** torch.randint(1, 5, (2 * count, 2), device=x.device)
-    noise = perlin_noise(cells, (side, side))[:, None]  # (2B, 1, S, S)
+    cells = 2 ** torch.randint(1, 5, (2 * count, 2))
+    noise = perlin_noise(cells, (side, side), x.device)[:, None]  # (2B, 1, S, S)
     return noise[:count] > 0.4, (colours(x) + noise[count:]).clamp(-1, 1)
 
 

@@ -123,8 +123,8 @@ class PatchCore(AnomalyModule):
         vectors = maps.permute(0, 2, 3, 1).flatten(0, 2)  # (B h w, D)
         first = len(self.names)
         self.names += batch.name
-        image, row, column = torch.arange(first, first + b), torch.arange(h), torch.arange(w)
-        source = torch.cartesian_prod(image, row, column).to(vectors.device)  # (B h w, 3)
+        sides = (first, first + b), (0, h), (0, w)  # of image, row and column
+        source = torch.cartesian_prod(*(torch.arange(*side, device=vectors.device) for side in sides))  # (B h w, 3)
         if self.hparams.coreset_ratio is None:
             with full_precision(vectors):
                 self.stream.add(vectors, source)

@@ -182,9 +182,9 @@ class SuperSimpleNet(AnomalyModule):
     def draw_masks(self, adapted: Tensor) -> Tensor:
         """Where features (N, D, h, w) get noise: blobs (N, 1, h, w) bool, empty for the share of images without."""
         count, grid, device = len(adapted), adapted.shape[-2:], adapted.device
-        cells = 2 ** torch.randint(OCTAVES, (count, 2), device=device)  # of the lattice, down and across
+        cells = 2 ** torch.randint(OCTAVES, (count, 2))  # of the lattice, down and across
         size = [max(FINEST, 1 << (side - 1).bit_length()) for side in grid]  # the power of two from each side up
-        noise = resize_map(perlin_noise(cells, size)[:, None], grid)  # (N, 1, h, w)
+        noise = resize_map(perlin_noise(cells, size, device)[:, None], grid)  # (N, 1, h, w)
         noisy = torch.rand(count, 1, 1, 1, device=device) >= self.hparams.empty_share
         return (noise > self.hparams.perlin_threshold) & noisy
 

@@ -1,6 +1,8 @@
 """All metrics of an evaluation, from one pass over its scores."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +52,15 @@ class AnomalyMetrics(RankMetric):
         masks, valid = as_masks(scores_map, mask, roi)
         maps, masks, valid = scores_map[:, 0], masks[:, 0], None if valid is None else valid[:, 0]  # (B, H, W)
         self._add("pixel", maps, masks, valid, ranking.region_weights(masks, valid))
+
+    def update_all(self, batches: Sequence[tuple[Tensor | None, ...]]) -> None:
+        """Add batches, each as the arguments of `update`: those of one size together, as a GPU is asked less often."""
+        alike: dict[Any, list[tuple[Tensor | None, ...]]] = {}
+        for batch in batches:
+            _, maps, _, mask, roi = batch
+            alike.setdefault((maps.shape[1:], mask is None, roi is None), []).append(batch)
+        for some in alike.values():
+            self.update(*(None if parts[0] is None else torch.cat(parts) for parts in zip(*some, strict=True)))
 
     def compute(self) -> dict[str, float]:
         """Return the metrics by name, each in [0, 1].

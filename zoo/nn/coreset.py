@@ -41,19 +41,26 @@ def _centre(vectors):
 
 def _search(rows, bank, centre, k):
     """The k nearest in the bank (M, D) of centred rows (q, D): squared distances (q, k) and indices (q, k)."""
+    square, index, close = _scan(rows, bank, centre, k)
+    close = close.nonzero().flatten()
+    if len(close):
+        again, index[close], _ = _scan(rows[close].double(), bank, centre, k)
+        square[close] = again.float()
+    return square, index
+
+
+def _scan(rows, bank, centre, k):
+    """What `_search` gives, in the precision of the rows alone, and which rows (q,) need a better one."""
     value, index = rows.new_empty(len(rows), 0), torch.empty(len(rows), 0, dtype=torch.int64, device=rows.device)
     for first in range(0, len(bank), TILE):
         tile = (bank[first : first + TILE].float() - centre).to(rows)
         value, index = _best(value, index, _products(rows, tile), first, k)
     norms = rows.square().sum(1, keepdim=True)  # (q, 1)
     square = value + norms
+    close = square[:, 0] < CLOSE * norms[:, 0]
     if rows.dtype == torch.float64:
-        return torch.where(square < 1e-12 * norms, 0, square), index
-    close = (square[:, 0] < CLOSE * norms[:, 0]).nonzero().flatten()
-    if len(close):
-        again, index[close] = _search(rows[close].double(), bank, centre, k)
-        square[close] = again.float()
-    return square, index
+        return torch.where(square < 1e-12 * norms, 0, square), index, torch.zeros_like(close)
+    return square, index, close
 
 
 def _best(value, index, products, first, k):
@@ -62,6 +69,10 @@ def _best(value, index, products, first, k):
         near, where = products.topk(min(k, products.shape[1]), largest=False)
         value, best = torch.cat([value, near], 1).sort(dim=1, stable=True)
         return value[:, :k], torch.cat([index, where + first], 1).gather(1, best[:, :k])
+    if products.device.type != "cpu":  # a GPU finds both in one pass, and the host would wait for who wins
+        near, where = products.min(1, keepdim=True)  # (q, 1)
+        wins = near < value
+        return near.where(wins, value), (where + first).where(wins, index)
     near = products.amin(1)  # the place of a minimum costs far more than its value: ask only where it wins
     wins = (near < value[:, 0]).nonzero().flatten()
     value[wins, 0] = near[wins]
@@ -135,6 +146,9 @@ def _greedy(rows, square, floor, limit):
     if floor < CLOSE * norms.max():
         rows, norms, square = rows.double(), norms.double(), square.double()
     gram = _products(rows, rows).add_(norms[:, None])  # (m, m)
+    # Each pick waits for the one before. The host does that in a microsecond, where a GPU would have to be asked twice:
+    # so it is asked once a pool, for 16 MB.
+    gram, square, floor = gram.cpu(), square.cpu(), float(floor)
     picks = []
     while len(picks) < limit:
         value, best = square.max(0)
@@ -274,6 +288,7 @@ class StreamingCoreset:
         if limit < CLOSE * norms.max():
             rows, norms = rows.double(), norms.double()
         alive = torch.arange(len(rows), device=rows.device)
+        # A GPU is asked once a tile how many rows are left: to go on with all of them would cost many times as much.
         for first in range(0, self.count, TILE // 2):
             tile = self.vectors[first : min(first + TILE // 2, self.count)] - centre
             square = _products(rows[alive], tile.to(rows))  # (b, T)
@@ -387,17 +402,21 @@ def nearest(queries, bank, k=1, fast=False):
     """
     if not 1 <= k <= len(bank):
         raise ValueError(f"k must be between 1 and the {len(bank)} vectors of the bank, not {k}")
-    centre = _centre(bank)
+    queries, centre = queries.float(), _centre(bank)
+    if fast and has_bfloat16(queries.device):
+        index = torch.cat([candidates(part - centre, bank, centre, k) for part in queries.split(TILE)])  # (Q, c)
+    else:
+        scans = [_scan(part - centre, bank, centre, k)[1:] for part in queries.split(TILE)]
+        index, close = (torch.cat(parts) for parts in zip(*scans, strict=True))  # (Q, k), (Q,)
+        close = close.nonzero().flatten()  # asked once for all: here alone the host waits for a GPU
+        for some in close.split(TILE) if len(close) else ():
+            index[some] = _scan((queries[some] - centre).double(), bank, centre, k)[1]
     distances, indices = [], []
-    for part in queries.float().split(TILE):
-        if fast and has_bfloat16(part.device):
-            index = candidates(part - centre, bank, centre, k)  # (q, c)
-        else:
-            index = _search(part - centre, bank, centre, k)[1]  # (q, k)
-        square = [(part - bank[column].float()).square_().sum(1) for column in index.T]
+    for part, found in zip(queries.split(TILE), index.split(TILE), strict=True):
+        square = [(part - bank[column].float()).square_().sum(1) for column in found.T]
         distance, order = torch.stack(square, 1).sqrt_().sort(dim=1, stable=True)
         distances.append(distance[:, :k])
-        indices.append(index.gather(1, order)[:, :k])
+        indices.append(found.gather(1, order)[:, :k])
     return torch.cat(distances), torch.cat(indices)
 
 

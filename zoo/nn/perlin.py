@@ -7,14 +7,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from zoo.nn.transfer import sent
 
-def perlin_noise(cells: Tensor, size: Sequence[int]) -> Tensor:
+
+def perlin_noise(cells: Tensor, size: Sequence[int], device: torch.device | None = None) -> Tensor:
     """Gradient noise in [-1, 1] on lattices of so many cells down and across (N, 2), seen at (N, *size) points.
+
+    The largest number of cells has to be known: draw them on the host, which would have to wait for another device.
 
     At each corner of a cell stands a random unit vector. A point takes from the four corners around it the products of
     these vectors with its offset from them, weighted by nearness.
     """
     corners = int(cells.max()) + 1
+    cells = sent(cells, device or cells.device)
     angle = 2 * math.pi * torch.rand(len(cells), corners, corners, device=cells.device)
     y, x = (torch.arange(n, device=cells.device) * cells[:, i, None] / n for i, n in enumerate(size))  # (N, H), (N, W)
     row, column = y.long(), x.long()
