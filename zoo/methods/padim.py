@@ -80,7 +80,7 @@ class PaDiM(AnomalyModule):
             self.hparams.dims = total
         chosen = torch.randperm(total, generator=torch.Generator().manual_seed(seed))[: self.dims]
         self.register_buffer("subset", chosen.sort().values)  # (d,)
-        self.shares = self._shares()
+        self.shares: list[int] = []  # channels of each layer in the subset, once they are asked for
         self.register_buffer("center", torch.empty(0, self.dims))  # (P, d) mean of each position
         self.register_buffer("whitening", torch.empty(0, self.dims, self.dims))  # (P, d, d): W^T W = covariance^-1
         self.grid: tuple[int, int] | None = None
@@ -92,6 +92,7 @@ class PaDiM(AnomalyModule):
         maps = self.features(self.prepare(images))
         self.grid = tuple(maps[0].shape[-2:])
         begins = accumulate([0, *self.features.channels])
+        self.shares = self.shares or self._shares()
         layers = zip(maps, self.subset.split(self.shares), begins, strict=False)
         chosen = [m[:, index - begin].float() for m, index, begin in layers if len(index)]  # (B, d_i, h_i, w_i)
         joined = torch.cat([F.interpolate(m, self.grid, mode="nearest") for m in chosen], 1)  # (B, d, h, w)
@@ -238,8 +239,10 @@ class PaDiM(AnomalyModule):
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
         packed = state[f"{prefix}whitening"]
-        full = packed.new_zeros(len(packed), self.dims, self.dims)
-        row, column = torch.tril_indices(self.dims, self.dims, device=packed.device)
-        full[:, row, column] = packed
-        super()._load_from_state_dict(state | {f"{prefix}whitening": full}, prefix, *args)
-        self.shares = self._shares()
+        self.whitening = packed.new_zeros(len(packed), self.dims, self.dims, device=self.whitening.device)
+        end = 0
+        for row in range(self.dims):  # straight into the buffer: it may be gigabytes
+            first, end = end, end + row + 1
+            self.whitening[:, row, : row + 1] = packed[:, first:end]
+        self.shares = []
+        super()._load_from_state_dict(state | {f"{prefix}whitening": self.whitening}, prefix, *args)
