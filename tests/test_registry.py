@@ -21,6 +21,7 @@ from zoo.fit import fit
 from zoo.hub import from_pretrained, model_place
 from zoo.methods import create_model, list_methods, method_class, signature
 from zoo.module import AnomalyModule, Batch
+from zoo.nn.fast import fast_mode
 from zoo.tiles import tiles_of
 
 SIZE = 96
@@ -324,3 +325,22 @@ def test_two_fits_of_one_name_leave_one_model(mvtec):
         fit("padim", str(mvtec), "twice", "lite", small("padim") | {"seed": seed})
     assert from_pretrained("twice").hparams.seed == 1
     assert [p.name for p in model_place("twice").parent.iterdir()] == ["twice"]
+
+
+@METHODS
+def test_the_fast_mode_scores_as_float32_does(fitted, method):
+    """Up to what bfloat16 rounds; what that does to figures is measured in tests/bench/fast.py."""
+    model, batch = fitted[method][0].eval(), images(4)
+    with torch.inference_mode():
+        exact = model.score_images(batch)
+        with fast_mode(model.device):
+            fast = model.score_images(batch)
+            single = model.score_images(batch[2:3])
+        again = model.score_images(batch)
+    assert fast.image.dtype == fast.map.dtype == torch.float32
+    for found, wanted in zip(fast, exact, strict=True):
+        assert found.isfinite().all() and not found.equal(wanted)
+        spread = wanted.max() - wanted.min() + wanted.abs().max()
+        assert (found - wanted).abs().max() <= 0.1 * spread
+    assert single.image.item() == pytest.approx(fast.image[2].item(), rel=0.02, abs=1e-4)  # independent of its batch
+    assert again.image.equal(exact.image) and again.map.equal(exact.map)  # and nothing of the mode stays

@@ -338,11 +338,12 @@ def test_accumulated_batches_make_one_step(method):
     assert record["training"]["epochs"] == 1
 
 
+@pytest.mark.parametrize("precision", ["bf16-mixed", "fast"])
 @over("stfpm", "ganomaly", among=GRADIENT)
-def test_bf16(method):
-    model, record = train(method, 3, precision="bf16-mixed")
+def test_lower_precision(method, precision):
+    model, record = train(method, 3, precision=precision)
     _, full = train(method, 3)
-    assert record["precision"] == "bf16-mixed"
+    assert record["precision"] == precision
     ours, theirs = ([entry["loss"] for entry in r["training"]["losses"]] for r in (record, full))
     near = 0.05 if model.automatic_optimization else 0.25  # what two networks make of a difference in a game grows
     assert ours != theirs and ours == pytest.approx(theirs, rel=near)
