@@ -2,7 +2,7 @@
 
     python tests/bench/fast.py --boards FOLDER --out tests/bench/fast.json [--methods ...]
 
-Each method (preset lite) is fitted in float32 once a data set: on 100 synthetic images, and on normal boards of DeepPCB
+Each method (preset lite, 100 steps) is fitted in float32 once a data set: on 100 synthetic images, and on normal boards of DeepPCB
 (an MVTec-style folder with masks), half of whose normal images are kept for thresholds. The same model then scores the
 same images in float32 and in the fast mode. Accepted is what moves the AUROC of images and of pixels by at most
 max(0.002, two standard errors of a paired bootstrap over images), and at most 0.5 % of the verdicts (one, of fewer than
@@ -25,7 +25,7 @@ from zoo import record
 from zoo.data import load_data
 from zoo.data.datamodule import AnomalyDataModule
 from zoo.fit import fit
-from zoo.methods import list_methods
+from zoo.methods import list_methods, presets
 from zoo.nn.fast import has_bfloat16
 
 SIZES = {"fanogan": 64, "ganomaly": 64, "iad_inpainting": 128, "riad": 64}  # else 224
@@ -34,6 +34,7 @@ TRAIN, NORMALS, GOOD = 100, 299, 300
 RATES = (0.01, 0.05)
 MOST_AUROC, MOST_VERDICTS = 0.002, 0.005
 REPLICATES = 200
+STEPS = 100  # of methods that learn in steps
 STRIDE = 4  # of the pixels that are compared
 
 
@@ -119,7 +120,8 @@ def run(method, data, boards):
         good = np.flatnonzero(label == 0)
         normals = tests.select(good[::2])
         tests = tests.select(sorted([*good[1::2], *np.flatnonzero(label == 1)]))
-    model, _ = fit(method, place, preset="lite", arguments=arguments, home=home)
+    steps = {"max_steps": STEPS} if presets(method, "lite").get("trainer") else {}
+    model, _ = fit(method, place, preset="lite", arguments=arguments, trainer_options=steps, home=home)
     return compare(model.eval(), normals, tests)
 
 
