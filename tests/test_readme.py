@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from bench import cost, finetune
+from bench import cost, fast, finetune
 from bench.real_images import table
 
 from zoo import paper
@@ -102,3 +102,9 @@ def test_round_trip_between_environments_is_that_of_the_record():
     assert all(found["equal"] and found["equal_with_the_server_gone"] for found in report["models"].values())
     assert "(`tests/bench/hub.json`)" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert report["uncached"]["seconds"] < 5
+
+
+def test_the_fast_mode_is_that_of_the_record():
+    runs = json.loads((ROOT / "tests/bench/fast.json").read_text(encoding="utf-8"))["runs"]
+    assert set(runs) == set(list_methods()) and all(set(found) == {"synthetic", "boards"} for found in runs.values())
+    assert fast.table(runs) in (ROOT / "README.md").read_text(encoding="utf-8")

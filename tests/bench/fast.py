@@ -125,6 +125,30 @@ def run(method, data, boards):
     return compare(model.eval(), normals, tests)
 
 
+def table(runs):
+    """Lines of Markdown: what the README shows."""
+    head = [
+        "method",
+        "data",
+        "image ROC",
+        "moved by (s.e.)",
+        "pixel ROC",
+        "moved by (s.e.)",
+        "verdicts changed",
+        "accepted",
+    ]
+    lines = [head, ["---"] * len(head)]
+    for method, found in runs.items():
+        for data, run in found.items():
+            cells = [f"`{method.replace('_', '-')}`", data]
+            for level in ("image", "pixel"):
+                cells.append(f"{run[f'{level}_auroc']:.3f}")
+                cells.append(f"{run[f'{level}_moved']:+.4f} ({run[f'{level}_error']:.4f})")
+            changed = round(run["verdicts_changed"][str(RATES[0])] * run["tests"])
+            lines.append([*cells, f"{changed} of {run['tests']}", "yes" if run["accepted"] else "**no**"])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--boards", type=Path, help="folder of DeepPCB")

@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.utils.weak import WeakIdKeyDictionary
 
 TILE = 2048  # vectors of the bank in one product
-MORE = 3  # candidates beyond those asked for, among which float32 decides
+CANDIDATES = 4  # of which float32 decides, or one more than are asked for: each costs a pass over the rows
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 
@@ -115,20 +115,21 @@ def _alike(some: Any, others: Any) -> bool:
 
 
 def candidates(rows: Tensor, bank: Tensor, centre: Tensor, k: int) -> Tensor:
-    """Indices (q, k + 3 or less) of vectors of the bank (M, D), the k nearest to centred rows (q, D) among them.
+    """Indices (q, c) of some vectors of the bank (M, D), the k nearest to centred rows (q, D) among them.
 
     By bfloat16 products: those of vectors that are about as near may be missing.
     """
     half = torch.get_autocast_dtype(rows.device.type)
     vectors, norms = _made_of(bank, half, [bank], lambda: _half_bank(bank, centre, half))
     rows, value, index = rows.to(half), [], []
+    count = min(max(CANDIDATES, k + 1), len(bank))
     for first in range(0, len(bank), TILE):
         tile = vectors[first : first + TILE]
         square = torch.addmm(norms[first : first + TILE], rows, tile.T, alpha=-2)  # (q, T), without |row|^2
-        near, where = square.topk(min(k + MORE, len(tile)), largest=False)
+        near, where = square.topk(min(count, len(tile)), largest=False)
         value.append(near)
         index.append(where + first)
-    best = torch.cat(value, 1).topk(min(k + MORE, len(bank)), largest=False).indices
+    best = torch.cat(value, 1).topk(count, largest=False).indices
     return torch.cat(index, 1).gather(1, best)
 
 
