@@ -55,7 +55,8 @@ def _end_with_server(work: Path) -> threading.Thread:
         while os.read(0, 1):  # not sys.stdin: its lock would be held when the process ends
             pass
         if hasattr(os, "fork"):
-            _end_all()
+            with suppress(OSError):  # no process more is to be had: the images go all the same
+                _end_all()
         shutil.rmtree(work, ignore_errors=True)
         os._exit(1)
 
@@ -70,7 +71,10 @@ def _end_all() -> None:
     if os.fork():
         signal.pause()  # until it is killed
     os.setsid()
-    os.killpg(worker, signal.SIGKILL)  # decoding processes too
+    with suppress(OSError):
+        os.killpg(worker, signal.SIGKILL)  # decoding processes too
+    with suppress(OSError):
+        os.kill(worker, signal.SIGKILL)  # where it leads no group
     while os.getppid() == worker:
         time.sleep(0.01)
 

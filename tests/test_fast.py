@@ -6,7 +6,7 @@ import torch
 from scipy.spatial.distance import cdist
 from torch import nn
 
-from zoo import checkpoint
+from zoo import callbacks, checkpoint
 from zoo.cli import main
 from zoo.data import load_data
 from zoo.evaluation import evaluate
@@ -15,7 +15,7 @@ from zoo.hub import from_pretrained
 from zoo.image import read_image
 from zoo.nn import fast
 from zoo.nn.coreset import nearest
-from zoo.nn.fast import fast_mode, infer
+from zoo.nn.fast import fast_mode, forget_twins, infer
 from zoo.run import RunOptions
 from zoo.trainer import make_trainer
 
@@ -164,6 +164,41 @@ def test_a_model_is_calibrated_and_scores_in_the_fast_mode(zoo_home):
 def known_rate(model):
     known = model.thresholds()
     return known.false_alarm_rate if known.calibrated else None
+
+
+@pytest.mark.parametrize("method", ["cfa", "fastflow", "supersimplenet"])
+def test_a_fit_sees_what_it_has_learned(method, zoo_home, monkeypatch):
+    """A fused optimiser changes weights without torch counting it: each step is measured by twins of its own."""
+    measured = []
+
+    def surprise(module, batches):
+        value = real(module, batches)
+        forget_twins(module)
+        measured.append((value, real(module, batches)))
+        return value
+
+    real = callbacks._surprise
+    monkeypatch.setattr(callbacks, "_surprise", surprise)
+    data, steps = "synthetic:train=30,good=1,defect=1,size=64", {"max_steps": 4, "select": "normal"}
+    run = RunOptions(precision="fast")
+    model, _ = fit(method, data, method, "lite", {"input_size": 64}, {"batch_size": 4}, steps, run, home=zoo_home)
+    image = torch.rand(1, 64, 64)
+    loaded = from_pretrained(method)
+    assert model.predict(image).score == pytest.approx(loaded.predict(image).score, rel=1e-5)
+    assert len(measured) == 4 and len({value for value, _ in measured}) == 4
+    assert [value for value, _ in measured] == pytest.approx([again for _, again in measured], rel=1e-6)
+
+
+def test_what_is_not_finite_makes_no_difference(half):
+    """The first inputs of a twin may be anything; a network whose weights are ruined says so by its outputs."""
+    network, x = random_statistics(Misleading()), torch.rand(1, 3, 4, 4)
+    in_fast_mode(network, torch.full_like(x, torch.inf))
+    with torch.no_grad():
+        exact = network(x)
+    assert (in_fast_mode(network, x).float() - exact).abs().max() <= 2e-2 * exact.abs().max()
+    with torch.no_grad():
+        network.conv.weight.fill_(torch.nan)
+    assert in_fast_mode(network, x).isnan().all()
 
 
 def test_precision_is_one_of_those_there_are(zoo_home):

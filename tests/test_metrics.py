@@ -539,3 +539,21 @@ def test_two_processes_equal_one(tmp_path, small_tables):
         for result in torch.load(tmp_path / f"{rank}.pt", weights_only=True):
             assert result[:3] == (suite.compute(), aupro.compute(), auroc.compute())
             assert torch.equal(result[3], auroc._table("score"))
+
+
+def test_a_part_without_dropped_bits_merges_as_if_seen_together():
+    """One rank has few keys, another one more than fit: those of the first lose as many bits as theirs."""
+    generator = torch.Generator().manual_seed(0)
+    few, many = 0.4 * torch.rand(50_000, generator=generator), 0.5 + 40 * torch.rand(3_000_000, generator=generator)
+    parts = [(few, few < 0.1), (many, many < 9)]
+
+    def table(parts):
+        tables, shift = [torch.zeros(0, 4, dtype=torch.int64)], 0
+        for scores, targets in parts:
+            tables, shift = ranking.add(tables, shift, scores, targets)
+        return ranking.merge_all(tables, shift)
+
+    together, shift = table(parts)
+    (one, first), (other, second) = table(parts[:1]), table(parts[1:])
+    merged, again = ranking.merge_all([one, other], max(first, second))
+    assert first < second == shift == again and merged.equal(together)

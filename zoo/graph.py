@@ -83,7 +83,7 @@ def _weights(old: int, new: int, antialias: bool) -> Tensor:
 
 
 def nearest(queries: Tensor, bank: Tensor, k: int = 1, fast: bool = False) -> tuple[Tensor, Tensor]:
-    """As `zoo.nn.coreset.nearest`, at once and without its search in doubles; distances are of differences too."""
+    """As `zoo.nn.coreset.nearest`, at once, without its search in doubles and never `fast`: a graph is in float32."""
     centre = bank.mean(0)
     centred = bank - centre
     products = torch.addmm(centred.square().sum(1), queries - centre, centred.T, alpha=-2)  # (Q, M), less |query|^2

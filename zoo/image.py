@@ -395,7 +395,8 @@ def _decode_tiff_by_pil(data: bytes, page, where: str) -> np.ndarray:
         kind = f"{page.bitspersample}-bit {page.photometric.name} TIFF with {page.compression.name} compression"
         _fail(where, f"is a {kind}, which cannot be read without losing bits; save it uncompressed as grey or RGB")
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # "Truncated File Read"
+        # "Truncated File Read". Of PIL alone: filters are those of all threads, and a fit decodes in one of its own.
+        warnings.filterwarnings("error", category=UserWarning, module=r"PIL\.")
         image = TiffImagePlugin.TiffImageFile(io.BytesIO(data))
         return _read_pil(image, where)
 

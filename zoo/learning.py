@@ -18,6 +18,7 @@ from torch import Tensor
 
 from zoo import checkpoint, ranks
 from zoo.errors import ZooError
+from zoo.nn.fast import forget_twins
 
 LOOK = 10  # steps from one look at what may go wrong to the next: the host waits for a GPU to tell
 
@@ -64,6 +65,11 @@ class LearningModule(L.LightningModule):
         self.last_weights: dict[str, Tensor] = {}  # those of the last step, where another one was kept
         self.continues, self.parent_share = False, None
         self.stands_for: float | None = None
+
+    def train(self, mode: bool = True) -> "LearningModule":
+        if mode:
+            forget_twins(self)  # a fused optimiser changes weights without torch counting it
+        return super().train(mode)
 
     @property
     def learns_statistics(self) -> bool:

@@ -22,7 +22,7 @@ from zoo.image import read_mask, resize
 from zoo.learning import Batch, LearningModule
 from zoo.metrics import AnomalyMetrics
 from zoo.metrics.bootstrap import image_tables
-from zoo.nn.fast import fast_mode
+from zoo.nn.fast import fast_mode, forget_twins
 from zoo.nn.transfer import sent
 from zoo.regions import Region, find_regions
 from zoo.sem import read_sem
@@ -513,6 +513,7 @@ class AnomalyModule(LearningModule):
 
     def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
         """Buffers whose size is learnt (a memory bank) take the stored shape."""
+        forget_twins(self)
         for name, buffer in self._buffers.items():
             stored = state.get(prefix + name)
             if buffer is not None and stored is not None and stored.shape != buffer.shape:

@@ -94,7 +94,7 @@ class GANomaly(AnomalyModule):
             loss = adversarial_loss(self.discriminator(x), self.discriminator(rebuilt.detach()))
             self.tell(discriminator=loss)
             self.descend(discriminator, loss)
-        if self.steps_taken % LOOK:  # one that has won goes on winning, and the host waits for each look
+        if self.steps_taken % LOOK:  # the host waits for each look
             return
         if self.trainer.strategy.reduce_boolean_decision(bool(loss < COLLAPSED)):
             with seeded(self.hparams.seed, 1 + self.steps_taken):  # the same in all processes

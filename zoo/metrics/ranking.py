@@ -95,10 +95,11 @@ def merge(rows: Tensor, shift: int) -> tuple[Tensor, int]:
 def merge_all(tables: list[Tensor], shift: int) -> tuple[Tensor, int]:
     """`merge` of tables that are not concatenated first, which would take as much memory again."""
     keys = torch.cat([table[:, 0].to(torch.int32) for table in tables])  # (n,)
-    if len(tables) == 1 and len(keys) <= MAX_KEYS and (keys[1:] > keys[:-1]).all():
-        return tables[0], shift  # merged already
     if not len(keys):
         return tables[0], shift
+    if len(tables) == 1 and len(keys) <= MAX_KEYS and (keys[1:] >> shift > keys[:-1] >> shift).all():
+        if keys.equal(keys >> shift << shift):
+            return tables[0], shift  # merged already
     order = _order(keys)
     keys = keys[order]
     changes, shift = _changes(keys, shift)

@@ -1,8 +1,12 @@
 """The fast mode: what only scores computes as a twin of itself, made for speed, and in bfloat16 where the device does.
 
 A twin has its BatchNorm folded into the convolutions, its weights cast once instead of in each forward, and channels
-last. Networks that learn compute in mixed precision meanwhile. Distances are finished in float32. What each part gains
-is in tests/bench/RESULTS.md; whether a method keeps its accuracy in tests/bench/fast.json.
+last. Networks that learn compute in mixed precision meanwhile. Distances are finished in float32. What that gains is
+in tests/bench/RESULTS.md; whether a method keeps its accuracy in tests/bench/fast.json.
+
+A twin is made at first use and again where weights have changed: torch counts changes in place. Those that it doesn't
+count (fused optimisers, broadcasts, changes within inference mode) need `forget_twins`, which a module of the zoo calls
+whenever it begins to learn or loads.
 """
 
 import copy
@@ -64,6 +68,12 @@ def infer(network: nn.Module, *inputs: Any, call: Callable[..., Any] = nn.Module
     return call(twin, *_laid(inputs, half))
 
 
+def forget_twins(network: nn.Module) -> None:
+    """Make those of a network and of its parts anew at their next use."""
+    for part in network.modules():
+        _kept.pop(part, None)
+
+
 def _made_of(thing: Any, kind: Hashable, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
     """What `make` made of it, for as long as its tensors are the same ones with the same values."""
     state = [(x.data_ptr(), 0 if x.is_inference() else x._version) for x in tensors]
@@ -108,16 +118,19 @@ def _laid(inputs: Any, half: torch.dtype) -> Any:
 
 
 def _alike(some: Any, others: Any) -> bool:
-    """Whether outputs are equal up to rounding."""
+    """Whether outputs are finite, and equal up to rounding."""
     if isinstance(some, Tensor):
-        return torch.allclose(some, others, rtol=1e-3, atol=1e-3 * float(some.abs().max()))
+        return bool(some.isfinite().all()) and torch.allclose(
+            some, others, rtol=1e-3, atol=1e-3 * float(some.abs().max())
+        )
     return all(_alike(a, b) for a, b in zip(some, others, strict=True))
 
 
 def candidates(rows: Tensor, bank: Tensor, centre: Tensor, k: int) -> Tensor:
     """Indices (q, c) of some vectors of the bank (M, D), the k nearest to centred rows (q, D) among them.
 
-    By bfloat16 products: those of vectors that are about as near may be missing.
+    By bfloat16 products, which keep 0.4 % of a vector's squared norm: a vector may be missing for others that are as
+    near up to that.
     """
     half = torch.get_autocast_dtype(rows.device.type)
     vectors, norms = _made_of(bank, half, [bank], lambda: _half_bank(bank, centre, half))

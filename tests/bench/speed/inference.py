@@ -51,7 +51,6 @@ def ours(case: str, batch: int, mode: str = "", cpu_time: bool = False) -> dict[
     """Milliseconds an image of the model, and of its backbone alone (of an autoencoder: None), in each mode."""
     import torch
 
-    torch.set_num_threads(torch.get_num_threads())
     model = _models.get(case) or _models.setdefault(case, _ours(case))
     images = torch.rand(batch, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     clock = time.thread_time if cpu_time else time.perf_counter

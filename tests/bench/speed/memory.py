@@ -3,8 +3,8 @@
 Each fit is a process of its own that reads the same folder of 224 x 224 images, with tf_efficientnet_lite0's real
 weights, the same layers, batches of 8 and no worker processes. Ours is `zoo fit`, as a user calls it, with the model
 saved; the peer's is its Engine and Folder data module, likewise with its checkpoint. Both hold out a tenth of the
-images (ours at least 20). Both banks have 500 vectors: the peer's loop would take hours at its default.
-The peak is the kernel's, of the resident set; growth is that from the fewest to the most images.
+images (ours at least 20). Our bank has 500 vectors, the peer's nine tenths of that: its loop would take hours at its
+default. The peak is the kernel's, of the resident set; growth is that from the fewest to the most images.
 """
 
 import sys

@@ -4,7 +4,8 @@
     python tests/bench/speed/run.py --peer PEER/bin/python [--sections inference memory ...] [--quick]
 
 Each section is a file of this folder, which says what is timed. They are added to tests/bench/speed.json, from which
-tests/bench/RESULTS.md is written. Other work on the machine makes both sides slower, not the ratio; still, leave it be.
+tests/bench/RESULTS.md is written. Leave the machine alone meanwhile: the sides take turns, but other work disturbs
+threads that wait for each other.
 """
 
 import argparse
