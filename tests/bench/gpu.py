@@ -6,11 +6,11 @@
 The second command runs the same on the CPU, small, as a trial where there is no GPU. Networks have random weights, as
 what they cost doesn't depend on them (preset `lite` has its real ones); images are random too.
 
-Of each method: images/s that are scored, in float32 and under bfloat16's autocast, at each batch size; how often the
-host waits for the device in a scored batch (warnings of `torch.cuda.set_sync_debug_mode`); the most memory; the largest
-difference of scores and maps from the CPU's, with TF32 off; steps/s of a Trainer with what a fit has in it, and its
-waits between two looks. Of the parts: copies from pinned memory, the search of neighbours in
-banks of two sizes and the memory it takes beside them, metrics, and coresets. Exit code 1 tells that a line fails.
+Of each method: images/s that are scored, in float32, mixed bfloat16 and the fast mode, at each batch size; how often
+the host waits for the device in a scored batch (warnings of `torch.cuda.set_sync_debug_mode`); the most memory; the
+largest difference of scores and maps from the CPU's, with TF32 off; steps/s of a Trainer with what a fit has in it, and
+its waits between two looks. Of the parts: copies from pinned memory, the search of neighbours in banks of two sizes and
+the memory it takes beside them, metrics, and coresets. Exit code 1 tells that a line fails.
 """
 
 import argparse
@@ -35,6 +35,7 @@ from zoo.nn.features import architecture_only
 from zoo.run import RunOptions
 from zoo.trainer import make_trainer, quiet
 
+PRECISIONS = ("32-true", "bf16-mixed", "fast")
 LEARNED = 16  # images that statistics are learned from
 CLOSE = 1e-3  # of the map's spread, between a GPU and a CPU in float32: sums have another order
 SEARCH_MB = 256  # that a search may take beside queries and bank
@@ -167,20 +168,20 @@ def scoring(method, model, options, device, table):
     torch.backends.cudnn.allow_tf32 = True  # torch's own default, for the figures
     for size in options.batches:
         batch = images(size, options.size).to(device.torch)
-        for half in (False, True):
+        for model.precision in PRECISIONS:
 
-            def score(batch=batch, half=half):
-                with torch.autocast(device.torch.type, torch.bfloat16, enabled=half):
+            def score(batch=batch):
+                with model.autocast():
                     return model(batch)
 
             device.forget_peak()
             speed = size * device.rate(score, options.seconds)
-            precision = "bfloat16" if half else "float32"
-            table.add(f"{method}: scored, {precision}, batch {size}", speed, "images/s")
-            table.add(f"{method}: most memory, {precision}, batch {size}", device.peak_mb()[0], "MiB")
+            table.add(f"{method}: scored, {model.precision}, batch {size}", speed, "images/s")
+            table.add(f"{method}: most memory, {model.precision}, batch {size}", device.peak_mb()[0], "MiB")
     full = model(batch).image
-    apart = float(((score().image - full) / full).abs().max())  # of the last one, under bfloat16
-    table.add(f"{method}: scores under bfloat16 from float32's, relative", apart, "")
+    apart = float(((score().image - full) / full).abs().max())  # of the last one, in the fast mode
+    table.add(f"{method}: scores of the fast mode from float32's, relative", apart, "")
+    model.precision = "32-true"
     waits = device.waits(score)
     table.add(f"{method}: waits in a scored batch", waits, "", waits is not None and waits <= WAITS.get(method, 0))
     torch.backends.cudnn.allow_tf32 = False
@@ -219,7 +220,7 @@ def training(method, options, device, table):
     if not build(method, options).learns_by_gradient:
         return
     steps = 2 * LOOK if options.quick else options.steps
-    for precision in ("32-true", "bf16-mixed"):
+    for precision in PRECISIONS:
         model, watch = build(method, options), Watch(device)
         model.plan = {"max_steps": steps}
         device.forget_peak()
