@@ -149,6 +149,10 @@ def table(runs):
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def unmeasured(runs):
+    return ", ".join(f"`{method.replace('_', '-')}`" for method in list_methods() if method not in runs)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--boards", type=Path, help="folder of DeepPCB")
