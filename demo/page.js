@@ -37,8 +37,10 @@ function paint(result) {
 async function begin(result) {
   result.dataset.begun = "1";
   const source = new Image();
-  source.src = result.dataset.map;
-  await source.decode();
+  await new Promise((done, failed) => {
+    [source.onload, source.onerror] = [done, () => failed(new Error("the levels can't be read"))];
+    source.src = result.dataset.map;
+  });
   const canvas = new OffscreenCanvas(source.naturalWidth, source.naturalHeight), context = canvas.getContext("2d");
   context.drawImage(source, 0, 0);
   result.levels = context.getImageData(0, 0, canvas.width, canvas.height).data.filter((_, i) => i % 4 === 0);
@@ -51,6 +53,14 @@ async function begin(result) {
   const results = result.closest(".results");
   if (innerWidth < 760 && result === results.querySelector(".result"))  // on a phone it is below
     results.scrollIntoView({ behavior: "smooth", block: "start" });
+}
+
+/* A browser that is busy may fail to read the levels at first. */
+function attempt(result, times = 5) {
+  begin(result).catch((error) => {
+    if (times && result.isConnected) setTimeout(attempt, 500, result, times - 1);
+    else console.error(error);
+  });
 }
 
 /* ---- controls ----------------------------------------------------------------------------------------------------- */
@@ -169,5 +179,5 @@ document.addEventListener("drop", (event) => {
 
 /* ---- results that arrive ------------------------------------------------------------------------------------------ */
 
-new MutationObserver(() => all(document, ".result:not([data-begun])").forEach(begin))
+new MutationObserver(() => all(document, ".result:not([data-begun])").forEach((result) => attempt(result)))
   .observe(document.documentElement, { childList: true, subtree: true });

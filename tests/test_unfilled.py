@@ -9,14 +9,15 @@ from zoo.nn.unfilled import Unfilled
 
 @pytest.mark.parametrize("init", [nn.init.kaiming_normal_, nn.init.xavier_uniform_, nn.init.normal_])
 def test_unfilled_leaves_weights_as_they_are(init):
-    weight = torch.full((8, 8), 7.0)
+    weight, other = nn.Parameter(torch.full((8, 8), 7.0), requires_grad=False), torch.full((8, 8), 7.0)
     state = torch.random.get_rng_state()
     with Unfilled():
         assert init(weight) is weight and init(tensor=weight) is weight
         weight.normal_(), weight.uniform_(-1, 1)
     assert torch.equal(weight, torch.full((8, 8), 7.0)) and torch.equal(state, torch.random.get_rng_state())
-    init(weight)
-    assert not torch.equal(weight, torch.full((8, 8), 7.0))
+    with Unfilled():
+        init(other)  # no weight, and maybe in no checkpoint
+    assert not torch.equal(other, torch.full((8, 8), 7.0))
 
 
 def test_unfilled_keeps_what_is_no_random_number():

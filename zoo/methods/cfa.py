@@ -12,6 +12,7 @@ may give NaN; its unused second convolution and compression of the bank by k-mea
 224 without the original's centre crop (preset `original` has it).
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -108,11 +109,17 @@ class CFA(AnomalyModule):
 
     def describe(self, images: Tensor, descriptor: nn.Module | None = None) -> Tensor:
         """Images (B, C, H, W) -> patch descriptors on the grid of the first layer (B, D, h, w)."""
-        maps = [F.avg_pool2d(m, 3, stride=1, padding=1) for m in self.features(self.prepare(images))]
+        with self.exact_features(images):
+            maps = [F.avg_pool2d(m, 3, stride=1, padding=1) for m in self.features(self.prepare(images))]
         grid = maps[0].shape[-2:]
         rows, columns = (torch.linspace(-1, 1, n, device=images.device) for n in grid)
         place = torch.stack(torch.meshgrid(rows, columns, indexing="ij"))[None]  # (1, 2, h, w)
         return infer(descriptor or self.descriptor, [*maps, place])
+
+    @staticmethod
+    def exact_features(images: Tensor) -> AbstractContextManager[Any]:
+        """In the fast mode they stay in float32: rounded ones cost 0.004 of the image ROC on synthetic images."""
+        return full_precision(images) if is_fast() else nullcontext()
 
     # ---- the bank: one pass of the untrained descriptor -------------------------------------------------------------
 
