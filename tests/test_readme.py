@@ -109,3 +109,6 @@ def test_the_fast_mode_is_that_of_the_record():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert runs and all(set(found) == {"synthetic", "boards"} for found in runs.values())
     assert fast.table(runs) in readme and fast.unmeasured(runs) in " ".join(readme.split())
+    rounded = json.loads((ROOT / "tests/bench/fast_rounded.json").read_text(encoding="utf-8"))["runs"]["cfa"]
+    assert not rounded["synthetic"]["accepted"]
+    assert f"cost {-rounded['synthetic']['image_moved']:.3f} of its image ROC" in " ".join(readme.split())

@@ -7,7 +7,8 @@ of DeepPCB (an MVTec-style folder with masks), half of whose normal test images 
 then scores the same images in float32 and in the fast mode. Accepted is what moves the AUROC of images and of pixels by
 at most max(0.002, two standard errors of a paired bootstrap over images), and at most 0.5 % of the verdicts, each mode
 with the threshold of its own normals at `zoo calibrate`'s rate, 1 % (at 5 % for the record). Images are seen at 224
-pixels, by methods without a backbone at 128 or 64. Runs are added to the record.
+pixels, by methods without a backbone at 128 or 64. Runs are added to the
+record. fast_rounded.json is that of CFA on commit 6ac2aa3, where its features were in bfloat16 too.
 """
 
 import argparse

@@ -118,7 +118,7 @@ class CFA(AnomalyModule):
 
     @staticmethod
     def exact_features(images: Tensor) -> AbstractContextManager[Any]:
-        """In the fast mode they stay in float32: rounded ones cost 0.004 of the image ROC on synthetic images."""
+        """In the fast mode they stay in float32: see tests/bench/fast_rounded.json for what rounding costs."""
         return full_precision(images) if is_fast() else nullcontext()
 
     # ---- the bank: one pass of the untrained descriptor -------------------------------------------------------------

@@ -18,8 +18,8 @@ def gaussian_blur(maps: Tensor, sigma: float) -> Tensor:
 def smooth_map(maps: Tensor, size: tuple[int, int], sigma: float) -> Tensor:
     """Maps (B, 1, h, w) -> (B, 1, H, W): `resize_map`, then `gaussian_blur`.
 
-    Both are linear along rows and along columns: a product with one matrix a side takes a tenth of the time that the
-    resizing and two convolutions take (224 x 224 of 56 x 56, CPU).
+    Both are linear along rows and along columns: a product with one matrix a side takes less than half the time that
+    the resizing and two convolutions take (224 x 224 of 56 x 56, CPU), of eight maps a tenth.
     """
     rows, columns = (
         _smoothing(before, after, sigma, maps.device) for before, after in zip(maps.shape[-2:], size, strict=True)
